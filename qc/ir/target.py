@@ -1,0 +1,92 @@
+"""Targets: facts about a machine, and the default recipe that a target name asks for.
+
+A name is `device[:architecture]-recipe`: "cpu-w4", "cpu:x86_64-v3-w4a16", "torch-f32". It is
+parsed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qc.errors import TargetError, nearest
+
+
+@dataclass(frozen=True)
+class Target:
+    """What passes and kernel rules may ask about a machine."""
+
+    device: str
+    architecture: str
+    features: frozenset[str] = frozenset()
+    vector_bytes: int = 16
+    llvm_cpu: str = "x86-64"
+
+    def has(self, *features: str) -> bool:
+        """Say whether the machine has all of these instruction sets."""
+        return self.features.issuperset(features)
+
+    def __str__(self) -> str:
+        return self.device if self.architecture == "host" else f"{self.device}:{self.architecture}"
+
+
+V2 = frozenset({"sse3", "ssse3", "sse4_1", "sse4_2", "popcnt"})
+V3 = V2 | {"avx", "avx2", "fma", "f16c", "bmi1", "bmi2"}
+V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+VNNI = V4 | {"avx512_vnni"}
+
+CPUS = {
+    "x86_64-v2": Target("cpu", "x86_64-v2", V2, 16, "x86-64-v2"),
+    "x86_64-v3": Target("cpu", "x86_64-v3", V3, 32, "x86-64-v3"),
+    "x86_64-v4": Target("cpu", "x86_64-v4", V4, 64, "x86-64-v4"),
+    "avx512-vnni": Target("cpu", "avx512-vnni", VNNI, 64, "icelake-server"),
+}
+"""Every CPU target by architecture, from the least to the most capable."""
+
+RECIPES = ("f32", "w8", "w4", "w4a16", "w3", "w3a16", "w2", "w2a16", "w8a16")
+"""Suffixes of target names; `passes/recipes` says what each means."""
+
+
+def cpu_features() -> frozenset[str]:
+    """Read this machine's instruction sets (Linux); empty where the system does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return frozenset()
+    for line in cpuinfo.read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split()) | {"sse3"}
+    return frozenset()
+
+
+def host_cpu() -> Target:
+    """Return the most capable CPU target that this machine fulfils."""
+    present = cpu_features()
+    fitting = [cpu for cpu in CPUS.values() if cpu.features <= present]
+    if not fitting:
+        raise TargetError("this machine's CPU is not an x86-64-v2; the oldest that qc knows")
+    return fitting[-1]
+
+
+def parse_target(name: str) -> tuple[Target, str]:
+    """Split a target name into the machine and the name of its recipe.
+
+    TargetError lists the nearest known names.
+    """
+    machine, _, recipe = name.rpartition("-")
+    device, _, architecture = machine.partition(":")
+    known = target_names()
+    if recipe not in RECIPES or device not in ("cpu", "torch"):
+        raise TargetError(f"unknown target {name!r}{nearest(name, known)}")
+    if device == "torch":
+        return Target("torch", "host"), recipe
+    if not architecture:
+        return host_cpu(), recipe
+    if architecture not in CPUS:
+        raise TargetError(f"unknown target {name!r}{nearest(name, known)}")
+    return CPUS[architecture], recipe
+
+
+def target_names() -> list[str]:
+    """List every target name."""
+    machines = ["cpu", "torch", *(f"cpu:{architecture}" for architecture in CPUS)]
+    return [f"{machine}-{recipe}" for machine in machines for recipe in RECIPES]

@@ -1,0 +1,1 @@
+"""Graph -> Graph, one idea a file, in folders in the order in which pipelines use them."""
