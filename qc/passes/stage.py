@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qc.errors import VerificationError
+from qc.errors import StageError
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node
@@ -23,13 +23,13 @@ class Stage:
     laws: tuple[Callable[[Node], str | None], ...] = ()
 
     def check(self, graph: Graph) -> None:
-        """Raise VerificationError at the first node that breaks a law, with graph around it."""
+        """Raise StageError at the first node that breaks a law, with graph around it."""
         for node in graph.nodes:
             for law in self.laws:
                 wrong = law(node)
                 if wrong is not None:
                     where = f" at {node.origin}" if node.origin.module else ""
-                    raise VerificationError(
+                    raise StageError(
                         f"not a {self.name} graph: {wrong}{where}\n{excerpt(graph, node)}"
                     )
 

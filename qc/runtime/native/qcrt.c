@@ -6,6 +6,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -83,12 +84,16 @@ static void qc_free_chunks(void *chunks) {
   }
 }
 
-static qc_chunk *qc_push_chunk(size_t capacity) {
-  qc_chunk *chunk = aligned_alloc(QC_LINE, sizeof(qc_chunk) + capacity);
-  if (!chunk) return NULL;
-  *chunk = (qc_chunk){.below = qc_workspace, .capacity = capacity};
+static void qc_set_workspace(qc_chunk *chunk) {
   qc_workspace = chunk;
   if (qc_workspace_key_made) pthread_setspecific(qc_workspace_key, chunk);
+}
+
+static qc_chunk *qc_push_chunk(size_t capacity) {
+  qc_chunk *chunk = aligned_alloc(QC_LINE, sizeof(qc_chunk) + qc_round_up(capacity));
+  if (!chunk) return NULL;
+  *chunk = (qc_chunk){.below = qc_workspace, .capacity = capacity};
+  qc_set_workspace(chunk);
   return chunk;
 }
 
@@ -104,7 +109,7 @@ QC_FOR_KERNELS void *TVMBackendAllocWorkspace(int device_type, int device_id, ui
       size_t doubled = chunk ? 2 * chunk->capacity : 64 * 1024;
       size_t capacity = needed > doubled ? needed : doubled;
       if (chunk && !chunk->top) { /* empty: replace it, so that one chunk remains in the end */
-        qc_workspace = chunk->below;
+        qc_set_workspace(chunk->below);
         free(chunk);
       }
       chunk = qc_push_chunk(capacity);
@@ -279,12 +284,16 @@ static void qc_start_workers(qc_pool *pool) {
   pool->workers = calloc((size_t)workers, sizeof(qc_worker));
   if (!pool->workers) return;
   uint32_t generation = atomic_load_explicit(&pool->generation, memory_order_relaxed);
+  sigset_t all, before; /* signals are for the threads of the host program */
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
   while (pool->count < workers) {
     qc_worker *worker = &pool->workers[pool->count];
     *worker = (qc_worker){.task_id = pool->count + 1, .generation = generation};
     if (pthread_create(&worker->thread, NULL, qc_work, worker)) break;
     pool->count++;
   }
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
   pool->wanted = pool->count + 1;
 }
 

@@ -1,0 +1,1 @@
+"""Code generation and execution: the torch reference and TVM for CPUs."""

@@ -1,0 +1,1 @@
+"""CPU code through TVM: kernels generated from the formats' decode expressions, plus fast rules."""
