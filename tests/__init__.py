@@ -1,0 +1,1 @@
+"""The tests, in the folders of qc; each says what it needs of the machine."""

@@ -1,0 +1,57 @@
+"""What a test may need: `@needs("avx512")` skips it, saying why, on a machine without."""
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from real_model import MODEL
+
+AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}  # those the VNNI kernels use
+QEMU = ("qemu-aarch64", "qemu-aarch64-static")
+
+
+def needs(*facts: str) -> pytest.MarkDecorator:
+    """Mark a test or a class; conftest.py decides, when the test starts, whether it is skipped."""
+    for fact in facts:
+        if fact not in LACKS:
+            raise ValueError(f"unknown fact {fact!r}; known are {', '.join(LACKS)}")
+    return pytest.mark.needs(*facts)
+
+
+@functools.cache
+def find_lack(fact: str) -> str | None:
+    """Say why `fact` does not hold here; None where it does."""
+    return LACKS[fact]()
+
+
+def _model() -> str | None:
+    if (MODEL / "origin.json").is_file():
+        return None
+    return f"build/{MODEL.name} is not there; `make model` writes it"
+
+
+def _cuda() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _avx512() -> str | None:
+    cpuinfo = Path("/proc/cpuinfo")
+    missing = AVX512_FLAGS.difference(cpuinfo.read_text().split() if cpuinfo.is_file() else ())
+    return f"the processor shows no {', '.join(sorted(missing))}" if missing else None
+
+
+def _qemu() -> str | None:
+    return None if any(map(shutil.which, QEMU)) else f"no {QEMU[0]} on the path"
+
+
+LACKS: dict[str, Callable[[], str | None]] = {
+    "model": _model,
+    "cuda": _cuda,
+    "avx512": _avx512,
+    "qemu": _qemu,
+}
