@@ -53,6 +53,7 @@ clean:
 # setuptools first, pinned, so that the editable install builds with it and fetches nothing unpinned.
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qc needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo 'installing into .venv, a few minutes'
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt setuptools
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'

@@ -3,7 +3,7 @@
 The residual stream is expressed in another orthonormal basis: every x becomes x R. RMSNorm without
 its gain commutes with an orthogonal R, so a norm with gain g before a linear W is the same as
 a gain h before W diag(g) R diag(1/h), for any h; what writes the stream becomes R^T W.
-h is chosen so that each column of W keeps its norm: R is near the identity, so the outlier channels,
+h is chosen so that each column of W keeps its norm: with R near the identity the outlier channels,
 which make quantization hard, stay about where they were.
 """
 
@@ -27,8 +27,8 @@ def draw_rotation(size: int, angle: float, seed: int) -> Tensor:
 def turn(state: State, layers: int, change: Tensor) -> State:
     """Return the state of an equal model in the basis R = 1 + change.
 
-    `state` has the names of transformers' Llama without `lm_head.weight`: the head is the embedding.
-    W R is computed as W + W change: the change is small, so float32 is exact to the last bit or two.
+    `state` has transformers' names of a Llama without `lm_head.weight`: its embedding is the head.
+    W R is computed as W + W change: the change is small, so float32 is good to the last bit or two.
     """
     change = change.float()
     embedding = state["model.embed_tokens.weight"]
