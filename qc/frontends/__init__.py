@@ -1,0 +1,1 @@
+"""Model sources -> graphs: one file per source."""

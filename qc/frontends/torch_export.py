@@ -1,0 +1,375 @@
+"""nn.Module -> Graph by torch.export, every ATen call carried untouched as `ops.Torch`."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from qc.errors import ModelError, UnsupportedError
+from qc.ir import ops
+from qc.ir.graph import Graph
+from qc.ir.node import Node, Origin, make
+from qc.ir.types import Dim as Dimension
+from qc.ir.types import TensorType, TupleType, ValueType, as_dim, symbol
+from qc.ir.weights.dense import Dense
+from qc.ir.weights.weight import Weight
+
+EXAMPLE_BATCH, EXAMPLE_SEQ = 2, 12
+"""Sizes of example inputs; torch.export takes sizes 0 and 1 for constants."""
+
+
+def capture(
+    model: nn.Module,
+    example: Sequence[Any] | Mapping[str, Any] | None = None,
+    stored: Mapping[str, Tensor] | None = None,
+) -> Graph:
+    """Capture the forward pass of `model` in evaluation mode and float32.
+
+    `example` holds positional or named inputs; a transformers model needs none. `stored` gives
+    tensors to store instead of the model's own, by parameter name: the model's may be
+    uninitialised. Weights share memory with their tensors; float16 and bfloat16 stay stored so.
+    """
+    args, kwargs = example_arguments(model, example)
+    with evaluation_mode(model), float32_parameters(model) as originals:
+        program = export(model, args, kwargs)
+        tensors = {**program.constants, **program.state_dict}
+        return Translation(program, {**tensors, **originals, **(stored or {})}).graph()
+
+
+# ---------------------------------------------------------------- the example inputs
+
+
+def example_arguments(
+    model: nn.Module, example: Sequence[Any] | Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and named example inputs, with at least two rows in every batch."""
+    if isinstance(example, Mapping):
+        return (), {**without_cache(model), **{k: two_rows(v) for k, v in example.items()}}
+    if isinstance(example, Tensor):
+        example = (example,)
+    if example is not None:
+        return tuple(two_rows(value) for value in example), without_cache(model)
+    return (), {**without_cache(model), **make_example(model)}
+
+
+def two_rows(value: Any) -> Any:
+    """Repeat a batch of one, which torch.export would take for a constant."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1:
+        return torch.cat([value, value])
+    return value
+
+
+def make_example(model: nn.Module) -> dict[str, Tensor]:
+    """Make the main input of a transformers model from its configuration."""
+    config, label = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or label is None:
+        raise ModelError(f"{type(model).__name__} is no transformers model: give example inputs")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{type(model).__name__} is an encoder-decoder; only decoders, encoders and vision "
+            "models are captured without example inputs"
+        )
+    if label == "input_ids":
+        text = config.get_text_config()
+        seq = min(EXAMPLE_SEQ, getattr(text, "max_position_embeddings", EXAMPLE_SEQ))
+        ids = torch.arange(EXAMPLE_BATCH * seq) % min(text.vocab_size, 100)
+        return {label: ids.reshape(EXAMPLE_BATCH, seq)}
+    if label == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {label: torch.zeros(EXAMPLE_BATCH, vision.num_channels, height, width)}
+    raise ModelError(f"{type(model).__name__} takes {label}: give example inputs")
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """Return the argument that switches a model's own key-value cache off, if it takes one."""
+    takes = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if "use_cache" in takes else {}
+
+
+def dynamic_axes(value: Any) -> Any:
+    """Say which axes of an example vary: the first, and the second of token ids."""
+    if not isinstance(value, Tensor):
+        return None if not isinstance(value, list | tuple) else [dynamic_axes(v) for v in value]
+    if value.ndim < 2:
+        return {}
+    if value.ndim == 2 and not value.is_floating_point():
+        return {0: Dim.AUTO, 1: Dim.AUTO}
+    return {0: Dim.AUTO}
+
+
+# ---------------------------------------------------------------- the export
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode, and back for each module that was training."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def float32_parameters(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Give half-precision parameters untouched float32 memory for a while; yield the originals.
+
+    The memory is virtual: export reads no values, and nothing is converted.
+    """
+    halves = {
+        name: tensor
+        for name, tensor in named_tensors(model).items()
+        if tensor.dtype in (torch.float16, torch.bfloat16)
+    }
+    originals = {name: tensor.data for name, tensor in halves.items()}
+    try:
+        for tensor in {id(t): t for t in halves.values()}.values():
+            tensor.data = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
+        yield originals
+    finally:
+        for name, tensor in halves.items():
+            tensor.data = originals[name]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by every name they have."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Export with dynamic batch and sequence, without in-place operations."""
+    shapes = {**named_arguments(model, args), **kwargs}
+    dynamic = {name: dynamic_axes(value) for name, value in shapes.items()}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            return functional(program)
+    except Exception as error:  # torch.export raises whatever the model's code raises
+        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ModelError(f"torch.export cannot capture {type(model).__name__}: {first}") from error
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Name positional arguments as `forward` does."""
+    bound = inspect.signature(model.forward).bind_partial(*args)
+    return dict(bound.arguments)
+
+
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """Replace in-place operations (x.add_(y)) by plain ones, where there are any."""
+    called = (
+        node.target
+        for module in program.graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    )
+    mutating = any(
+        isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in called
+    )
+    return program.run_decompositions({}) if mutating else program
+
+
+# ---------------------------------------------------------------- FX -> IR
+
+
+@dataclass(eq=False)
+class Translation:
+    """The translation of one exported program; `env` holds the value of each FX node, which is
+    an IR node, a dimension, or a tuple of these."""
+
+    program: ExportedProgram
+    tensors: Mapping[str, Tensor]
+    symbols: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
+    parameters: dict[tuple[object, ...], Node] = field(default_factory=dict)
+    inputs: list[Node] = field(default_factory=list)
+
+    def graph(self) -> Graph:
+        """Translate everything; the first output of the model is the graph's."""
+        module = self.program.graph_module
+        env: dict[fx.Node, Any] = {}
+        specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        for node in placeholders:
+            self.name_symbols(node, specs[node.name])
+        for node in placeholders:
+            env[node] = self.leaf(node, specs[node.name])
+        results = self.run(module, env)
+        name, result = self.first_output(results)
+        return Graph(tuple(self.inputs), (result,), (name,))
+
+    def name_symbols(self, node: fx.Node, spec: InputSpec) -> None:
+        """Call the symbols of an input's axes batch and seq."""
+        value = node.meta.get("val")
+        if spec.kind is not InputKind.USER_INPUT or not isinstance(value, Tensor):
+            return
+        for axis, size in enumerate(value.shape):
+            expr = size.node.expr if isinstance(size, torch.SymInt) else None
+            if not isinstance(expr, sympy.Symbol) or expr in self.symbols:
+                continue
+            name = ("batch", "seq")[axis] if axis < 2 else f"{node.name}_{axis}"
+            if symbol(name) in self.symbols.values():
+                name = f"{node.name}_{axis}"
+            self.symbols[expr] = symbol(name)
+
+    def leaf(self, node: fx.Node, spec: InputSpec) -> Any:
+        """Translate a placeholder: an input, or a stored tensor."""
+        if spec.kind is InputKind.USER_INPUT:
+            if not isinstance(spec.arg, TensorArgument):
+                return getattr(spec.arg, "value", None)
+            type = self.tensor_type(node.meta["val"])
+            self.inputs.append(make(ops.Input(node.name, type), origin=Origin()))
+            return self.inputs[-1]
+        if spec.target is None or spec.target not in self.tensors:
+            raise UnsupportedError(f"the model holds {node.name}, which is no tensor")
+        return self.parameter(spec.target, node.meta["val"].dtype)
+
+    def parameter(self, name: str, dtype: torch.dtype) -> Node:
+        """Store a tensor under its name; tied tensors are one node."""
+        tensor = self.tensors[name].detach()
+        storage = (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        key = (*storage, tuple(tensor.shape), tensor.stride(), tensor.dtype, dtype)
+        if key not in self.parameters:
+            weight = Weight(name, tuple(tensor.shape), (Dense(tensor),), dtype)
+            self.parameters[key] = make(ops.Parameter(weight), origin=Origin())
+        return self.parameters[key]
+
+    def run(self, module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+        """Translate the calls of a module; return what it returns."""
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], lambda n: env[n])
+            if node.op == "get_attr":
+                env[node] = self.attribute(module, str(node.target))
+            if node.op == "call_function":
+                env[node] = self.call(node, env)
+        raise ModelError("the exported program returns nothing")
+
+    def attribute(self, module: fx.GraphModule, path: str) -> Any:
+        """Return a submodule, or the node of a tensor that the program holds."""
+        value = operator.attrgetter(path)(module)
+        if not isinstance(value, Tensor):
+            return value
+        weight = Weight(path, tuple(value.shape), (Dense(value.detach()),), value.dtype)
+        return make(ops.Parameter(weight), origin=Origin())
+
+    def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """Translate one call."""
+        target, origin = node.target, Origin(module_path(node))
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self.inline(node, env, origin)
+        if target is operator.getitem:
+            held, index = cast(tuple[Any, int], fx.map_arg(node.args, lambda n: env[n]))
+            return (
+                make(ops.Item(index), held, origin=origin)
+                if isinstance(held, Node)
+                else held[index]
+            )
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            return self.dimension(value, origin)
+        if value is None or isinstance(value, bool | torch.SymBool):
+            return value  # assertions: nothing reads them
+        if not isinstance(target, torch._ops.OpOverload):
+            raise UnsupportedError(f"a call of {target} cannot be captured", origin=origin.module)
+        operands: list[Node] = []
+        args = tuple(self.template(a, env, operands) for a in node.args)
+        kwargs = {k: self.template(a, env, operands) for k, a in node.kwargs.items()}
+        op = ops.Torch(str(target), args, portable(kwargs), self.value_type(value))
+        return make(op, *operands, origin=origin)
+
+    def inline(self, node: fx.Node, env: dict[fx.Node, Any], origin: Origin) -> Any:
+        """Translate the body of a block that only switches gradients or autocast."""
+        name = str(node.target)
+        skipped = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
+        if skipped is None or (name == "wrap_with_autocast" and node.args[2]):
+            raise UnsupportedError(f"a block of {name} cannot be captured", origin=origin.module)
+        held: Any = fx.map_arg(node.args[skipped:], lambda n: env[n])
+        body, *arguments = held
+        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        return self.run(body, dict(zip(placeholders, arguments, strict=True)))
+
+    def template(self, argument: Any, env: dict[fx.Node, Any], operands: list[Node]) -> Any:
+        """Turn an argument into a template; tensors become operands."""
+        if isinstance(argument, fx.Node):
+            return self.template(env[argument], env, operands)
+        if isinstance(argument, Node):
+            if argument not in operands:
+                operands.append(argument)
+            return ops.Operand(operands.index(argument))
+        if isinstance(argument, list | tuple):
+            return tuple(self.template(a, env, operands) for a in argument)
+        return argument
+
+    def first_output(self, results: Any) -> tuple[str, Node]:
+        """Find the model's first output and its name."""
+        specs = self.program.graph_signature.output_specs
+        values = [
+            value
+            for value, spec in zip(results, specs, strict=True)
+            if spec.kind is OutputKind.USER_OUTPUT
+        ]
+        structured = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
+        if isinstance(structured, Mapping):
+            named = {name: v for name, v in structured.items() if isinstance(v, Node)}
+            name = "logits" if "logits" in named else next(iter(named), "")
+            if name:
+                return name, named[name]
+        found = [v for v in values if isinstance(v, Node)]
+        if not found:
+            raise ModelError("the model returns no tensor")
+        return "output", found[0]
+
+    def value_type(self, value: Any) -> ValueType:
+        """Read the type of a call's result off its example value."""
+        if isinstance(value, Tensor):
+            return self.tensor_type(value)
+        if isinstance(value, list | tuple) and all(isinstance(v, Tensor) for v in value):
+            return TupleType(tuple(self.tensor_type(v) for v in value))
+        raise UnsupportedError(f"a call that returns {type(value).__name__} cannot be captured")
+
+    def tensor_type(self, value: Tensor) -> TensorType:
+        """Read shape and dtype, with the symbols' new names."""
+        return TensorType(tuple(self.dimension(d) for d in value.shape), value.dtype)
+
+    def dimension(self, value: torch.SymInt | int, origin: Origin | None = None) -> Dimension:
+        """Translate a size; UnsupportedError where it depends on the values of a tensor."""
+        dim = as_dim(value)
+        if isinstance(dim, int):
+            return dim
+        unknown = dim.free_symbols - self.symbols.keys()
+        if unknown:
+            raise UnsupportedError(
+                f"the size {dim} depends on values, not on the shapes of the inputs",
+                origin=origin.module if origin else None,
+            )
+        return as_dim(dim.xreplace(self.symbols))
+
+
+def portable(kwargs: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Drop where results were allocated: graphs are evaluated on the CPU."""
+    return tuple((k, v) for k, v in kwargs.items() if k not in ("device", "pin_memory"))
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the path of the innermost module that a call was made in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1].split("@")[0] if paths else ""
