@@ -23,6 +23,8 @@ MAY_NAME_ATEN = (
     "qc/runtime/torch_step.py",  # runs the ATen calls that a plan carries
 )
 
+OPERATOR = re.compile(r"\baten(\.|::)\w")
+
 EMPTY_NAMES = {"utils", "common", "helpers", "core", "base", "misc"}
 
 BLOCK_IMPORTS = """
@@ -83,14 +85,11 @@ def find_aten_names(tree: ast.Module) -> Iterator[int]:
     """
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr == "aten":
-            yield node.lineno
-        elif (
-            isinstance(node, ast.Constant)
-            and id(node) not in prose
-            and re.search(r"\baten(\.|::)\w", str(node.value))
-        ):
-            yield node.lineno
+        match node:
+            case ast.Attribute(attr="aten"):
+                yield node.lineno
+            case ast.Constant(value=str(text)) if id(node) not in prose and OPERATOR.search(text):
+                yield node.lineno
 
 
 @pytest.mark.parametrize(
