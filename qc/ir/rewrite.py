@@ -66,30 +66,33 @@ def mark(node: Node, replaced: Node, name: str) -> Node:
 
 def substitute(graph: Graph, replacements: Mapping[Node, Node]) -> Graph:
     """Replace nodes by others. A replacement may read the node that it replaces (which stays
-    behind it) and anything that the graph computes before that node."""
+    behind it) and anything that the graph computes before that node. New nodes that several
+    replacements share stay shared."""
     final: dict[Node, Node] = {}
+    shared: dict[Node, Node] = {}
     for node in graph.nodes:
         plain = with_inputs(node, tuple(final[i] for i in node.inputs))
         final[node] = plain
         if node in replacements:
-            final[node] = rebuild_over(replacements[node], {**final, node: plain})
+            final[node] = rebuild_over(replacements[node], final, shared)
     inputs = tuple(final[node] for node in graph.inputs)
     return Graph(inputs, tuple(final[n] for n in graph.outputs), graph.output_names)
 
 
-def rebuild_over(root: Node, known: Mapping[Node, Node]) -> Node:
-    """Rebuild the tree under `root` down to the nodes in `known`, which become their images."""
-    rebuilt: dict[Node, Node] = {}
+def rebuild_over(root: Node, known: Mapping[Node, Node], rebuilt: dict[Node, Node]) -> Node:
+    """Rebuild the tree under `root` down to the nodes in `known`, which become their images;
+    `rebuilt` remembers what has been rebuilt."""
     stack = [root]
     while stack:
         node = stack[-1]
-        if node in known:
-            rebuilt[node] = known[node]
-        waiting = [i for i in node.inputs if i not in rebuilt] if node not in rebuilt else []
+        if node in known or node in rebuilt:
+            stack.pop()
+            continue
+        waiting = [i for i in node.inputs if i not in known and i not in rebuilt]
         if waiting:
             stack.extend(waiting)
             continue
-        if node not in rebuilt:
-            rebuilt[node] = with_inputs(node, tuple(rebuilt[i] for i in node.inputs))
+        operands = tuple(known[i] if i in known else rebuilt[i] for i in node.inputs)
+        rebuilt[node] = with_inputs(node, operands)
         stack.pop()
-    return rebuilt[root]
+    return known[root] if root in known else rebuilt[root]

@@ -6,6 +6,7 @@ parsed here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,6 @@ CPUS = {
 }
 """Every CPU target by architecture, from the least to the most capable."""
 
-RECIPES = ("f32", "w8", "w4", "w4a16", "w3", "w3a16", "w2", "w2a16", "w8a16")
-"""Suffixes of target names; `passes/recipes` says what each means."""
-
-
 def cpu_features() -> frozenset[str]:
     """Read this machine's instruction sets (Linux); empty where the system does not say."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -67,26 +64,35 @@ def host_cpu() -> Target:
     return fitting[-1]
 
 
-def parse_target(name: str) -> tuple[Target, str]:
-    """Split a target name into the machine and the name of its recipe.
+def parse_target(name: str, recipes: Collection[str]) -> tuple[Target, str]:
+    """Split a target name into the machine and the name of one of `recipes`.
 
     TargetError lists the nearest known names.
     """
     machine, _, recipe = name.rpartition("-")
-    device, _, architecture = machine.partition(":")
-    known = target_names()
-    if recipe not in RECIPES or device not in ("cpu", "torch"):
-        raise TargetError(f"unknown target {name!r}{nearest(name, known)}")
-    if device == "torch":
-        return Target("torch", "host"), recipe
-    if not architecture:
-        return host_cpu(), recipe
-    if architecture not in CPUS:
-        raise TargetError(f"unknown target {name!r}{nearest(name, known)}")
-    return CPUS[architecture], recipe
+    if recipe in recipes and machine in machine_names():
+        return parse_machine(machine), recipe
+    known = [f"{machine}-{recipe}" for machine in machine_names() for recipe in recipes]
+    hint = nearest(name, known) or f"; known are {', '.join(known)}"
+    raise TargetError(f"unknown target {name!r}{hint}")
 
 
-def target_names() -> list[str]:
-    """List every target name."""
-    machines = ["cpu", "torch", *(f"cpu:{architecture}" for architecture in CPUS)]
-    return [f"{machine}-{recipe}" for machine in machines for recipe in RECIPES]
+def parse_machine(name: str) -> Target:
+    """Return the machine called `name`: "cpu" (this one), "cpu:x86_64-v3", "torch".
+
+    TargetError lists the nearest known names.
+    """
+    if name == "cpu":
+        return host_cpu()
+    if name == "torch":
+        return Target("torch", "host")
+    architecture = name.removeprefix("cpu:")
+    if name in machine_names():
+        return CPUS[architecture]
+    hint = nearest(name, machine_names()) or f"; known are {', '.join(machine_names())}"
+    raise TargetError(f"unknown machine {name!r}{hint}")
+
+
+def machine_names() -> list[str]:
+    """List every machine that a target name may start with."""
+    return ["cpu", "torch", *(f"cpu:{architecture}" for architecture in CPUS)]

@@ -1,0 +1,109 @@
+"""Compile the kernels of a program and write the artifact."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+
+import qc.runtime
+from qc.backends.tvm.kernel import Kernel
+from qc.backends.tvm.lower import Lowered
+from qc.errors import TargetError
+from qc.ir.target import Target
+from qc.ir.types import DTYPE_NAMES
+from qc.runtime.manifest import LIBRARY
+from qc.runtime.package import ArtifactWriter
+from qc.runtime.safetensors_file import TensorSource
+
+Progress = Callable[[str, float], None]
+NATIVE = Path(qc.runtime.__file__).parent / "native"
+
+
+def llvm_target(target: Target) -> Any:
+    """Return TVM's description of the machine."""
+    return tvm.target.Target({"kind": "llvm", "mcpu": target.llvm_cpu})
+
+
+def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
+    """Compile all kernels to one TVM module, with their names as symbols."""
+    functions = {
+        name: kernel.function.with_attr("global_symbol", name) for name, kernel in kernels.items()
+    }
+    module = tvm.IRModule(functions).with_attr("system_lib_prefix", "qc_")
+    return tvm.compile(module, target=llvm_target(target)).mod
+
+
+def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> str:
+    """Write model.so: the kernels and the native runtime. Return the kernels' assembly.
+
+    TargetError where this machine has no C compiler, or the compiler fails.
+    """
+    module = compile_kernels(kernels, target)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "kernels.o"
+        module.write_to_file(str(compiled), "o")
+        flags = ["-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-s"]
+        sources = [str(compiled), str(NATIVE / "qcrt.c")]
+        command = [*c_compiler(), *flags, *sources, "-o", str(path), "-lpthread", "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise TargetError(f"{command[0]} could not link the kernels: {done.stderr[-400:]}")
+    return str(module.inspect_source("asm"))
+
+
+def c_compiler() -> list[str]:
+    """Find the C compiler: $CC, cc, gcc or clang."""
+    named = os.environ.get("CC", "").split()
+    if named:
+        return named
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise TargetError("no C compiler is installed (tried cc, gcc and clang); building needs one")
+
+
+def write_program(lowered: Lowered, writer: ArtifactWriter, progress: Progress) -> None:
+    """Put the weights, the library and the kernels' sources into an artifact."""
+    progress("compile kernels", 0.0)
+    library = writer.file(LIBRARY)
+    assembly = link_library(lowered.kernels, lowered.target, library)
+    writer.keep(LIBRARY)
+    for name, kernel in lowered.kernels.items():
+        writer.add(f"source/{name}.py", kernel.function.script().encode())
+    writer.add("source/kernels.s", assembly.encode())
+    writer.add_weights(dict(tensor_sources(lowered, progress)))
+
+
+def tensor_sources(lowered: Lowered, progress: Progress) -> Iterator[tuple[str, TensorSource]]:
+    """Promise every stored array, computed when its turn to be written has come."""
+    total = len(lowered.arrays)
+    shapes = {v.tensor: v for v in lowered.values if v.tensor is not None}
+    for number, (name, compute) in enumerate(lowered.arrays.items()):
+        value = shapes[name]
+
+        def load(
+            compute: Callable[[], torch.Tensor] = compute, number: int = number
+        ) -> np.ndarray[Any, Any]:
+            progress("write weights", number / total)
+            return as_numpy(compute())
+
+        shape = tuple(int(d) for d in value.shape)
+        yield name, TensorSource(value.dtype, shape, load)
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return the bytes of a tensor as numpy, which lacks bfloat16."""
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    assert tensor.dtype in DTYPE_NAMES or tensor.dtype == torch.uint16
+    return tensor.numpy()

@@ -1,0 +1,1 @@
+"""Passes that decide which nodes run together as one kernel."""

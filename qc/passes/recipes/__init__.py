@@ -1,0 +1,9 @@
+"""Recipes by name. One file per published system or family; data only."""
+
+from qc.passes.recipes.float32 import F32
+from qc.passes.recipes.recipe import Recipe
+from qc.passes.recipes.rounding import W4, W4A16, W8, W8A16
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (F32, W8, W8A16, W4, W4A16)}
+
+__all__ = ["RECIPES", "Recipe"]

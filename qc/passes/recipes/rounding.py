@@ -1,0 +1,27 @@
+"""w8, w4, w8a16, w4a16: round-to-nearest in groups of 32.
+
+`wN` also quantizes the activations of those linears to int8, in the same groups; `wNa16` keeps
+them in floating point. Keys and values are cached in float16.
+"""
+
+import torch
+
+from qc.ir.types import ActivationFormat
+from qc.ir.weights.grouped import GroupedFormat
+from qc.passes.prepare.explicit_cache import ExplicitCache
+from qc.passes.quantize.activations import QuantizeActivations
+from qc.passes.quantize.round_to_nearest import RoundToNearest
+from qc.passes.quantize.tables import StoreTables
+from qc.passes.recipes.recipe import Recipe
+
+STORE_16 = (StoreTables(torch.float16), ExplicitCache(torch.float16))
+INT8_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, 32)),)
+
+W8A16 = Recipe("w8a16", (*STORE_16, RoundToNearest(GroupedFormat(8, 32, "symmetric"))))
+W4A16 = Recipe("w4a16", (*STORE_16, RoundToNearest(GroupedFormat(4, 32, "minimum"))))
+W8 = Recipe("w8", (*W8A16.passes, *INT8_ACTIVATIONS))
+W4 = Recipe(
+    "w4",
+    (*W4A16.passes, *INT8_ACTIVATIONS),
+    claims=("perplexity: f32 < w8 < w4", "w4 is within 1 % of w4a16 in perplexity"),
+)

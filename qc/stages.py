@@ -1,0 +1,172 @@
+"""The stages of a compilation as objects that can be held, printed and run one by one.
+
+    captured = qc.trace(model)            # the graph as torch.export sees it
+    quantized = captured.quantize("w4")   # canonical, then the passes of a recipe
+    planned = quantized.lower("cpu")      # grouped into kernels for a machine
+    artifact = planned.build()            # compiled, ready to run
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from qc.errors import QcError, RecipeError, nearest
+from qc.frontends.captured import Captured
+from qc.ir.graph import Graph
+from qc.ir.meaning import evaluate
+from qc.ir.target import Target, parse_machine
+from qc.passes.lift import LIFT
+from qc.passes.pipeline import Context, Pipeline, Step
+from qc.passes.plan.fuse import Fuse
+from qc.passes.prepare import PREPARE
+from qc.passes.recipes import RECIPES, Recipe
+from qc.report import compile_report
+
+if TYPE_CHECKING:
+    from qc.runtime import Artifact
+
+Progress = Callable[[str, float], None]
+
+
+def silent(step: str, fraction: float) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedModel:
+    """A model as torch.export captured it."""
+
+    captured: Captured
+    source: str = ""
+    """Where the model came from: a folder, a name, or "" for a module in memory."""
+
+    @property
+    def graph(self) -> Graph:
+        return self.captured.graph
+
+    def quantize(
+        self, recipe: str | Recipe | Pipeline = "f32", progress: Progress = silent
+    ) -> QuantizedModel:
+        """Bring the graph into canonical form and run a recipe, given by name or as passes.
+
+        RecipeError for an unknown name.
+        """
+        passes = resolve_recipe(recipe)
+        context = Context(Target("any", "any"), progress)
+        canonical = Pipeline((*PREPARE, *LIFT)).run(self.graph, context)
+        return QuantizedModel(self, canonical, passes.run(canonical, context), context.log)
+
+    def __str__(self) -> str:
+        return str(self.graph)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A model after a recipe: still a graph with a torch meaning."""
+
+    captured: CapturedModel
+    canonical: Graph
+    graph: Graph
+    log: list[Step] = field(default_factory=list)
+
+    def __call__(self, sizes: Mapping[str, int] | None = None, **inputs: Tensor) -> dict[str, Any]:
+        """Evaluate the graph in the reference interpreter; caches may be left out when empty."""
+        return evaluate(self.graph, with_empty_caches(self.graph, inputs), default_sizes(inputs, sizes))
+
+    def lower(self, target: str | Target = "cpu", progress: Progress = silent) -> PlannedModel:
+        """Group the graph into kernels for a machine, such as "cpu" or "cpu:x86_64-v3"."""
+        machine = target if isinstance(target, Target) else parse_machine(target)
+        context = Context(machine, progress, self.log)
+        return PlannedModel(self, machine, Pipeline((Fuse(),)).run(self.graph, context))
+
+    def __str__(self) -> str:
+        return str(self.graph)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedModel:
+    """A model grouped into kernels for one machine."""
+
+    quantized: QuantizedModel
+    target: Target
+    graph: Graph
+
+    def build(
+        self, path: str | Path | None = None, name: str = "", progress: Progress = silent
+    ) -> Artifact:
+        """Generate code, compile it, and load the artifact.
+
+        With `path` the artifact is written there, whole or not at all; without, it lives in a
+        temporary folder for as long as the returned object.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="qc-")) if path is None else None
+        place = Path(path) if path is not None else Path(str(folder)) / "model.qc"
+        try:
+            artifact = self.write(place, name or str(self.target), progress)
+        except BaseException:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if folder is not None:
+            weakref.finalize(artifact, shutil.rmtree, str(folder), ignore_errors=True)
+        return artifact
+
+    def write(self, place: Path, name: str, progress: Progress) -> Artifact:
+        """Write the artifact to `place` and load it."""
+        from qc.backends import build_artifact  # imports the code generator of the device
+
+        captured = self.quantized.captured
+        texts = {
+            "ir/captured.txt": str(captured.graph),
+            "ir/canonical.txt": str(self.quantized.canonical),
+            "ir/quantized.txt": str(self.quantized.graph),
+            "ir/planned.txt": str(self.graph),
+            "ir/log.txt": "\n".join(str(step) for step in self.quantized.log),
+        }
+        report = compile_report(self.quantized.graph, captured.source, name)
+        return build_artifact(
+            self.graph, self.quantized.graph, self.target, captured.captured, place,
+            name, texts, report, progress,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return str(self.graph)
+
+
+def resolve_recipe(recipe: str | Recipe | Pipeline) -> Pipeline:
+    """Return the passes behind a recipe; RecipeError lists the nearest known names."""
+    if isinstance(recipe, Pipeline):
+        return recipe
+    if isinstance(recipe, Recipe):
+        return recipe.pipeline
+    if recipe not in RECIPES:
+        hint = nearest(recipe, RECIPES) or f"; known are {', '.join(RECIPES)}"
+        raise RecipeError(f"unknown recipe {recipe!r}{hint}")
+    return RECIPES[recipe].pipeline
+
+
+def with_empty_caches(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add an empty tensor for every cache input that is missing."""
+    from qc.passes.prepare.explicit_cache import empty_cache
+
+    if not inputs:
+        raise QcError("a model needs at least one input")
+    batch = next(iter(inputs.values())).shape[0]
+    return {**empty_cache(graph, batch), **inputs}
+
+
+def default_sizes(
+    inputs: Mapping[str, Tensor], sizes: Mapping[str, int] | None
+) -> dict[str, int]:
+    """Ask for the results of all positions where nothing else is said."""
+    first = next(iter(inputs.values()))
+    length = first.shape[1] if first.ndim > 1 else 1
+    return {"keep": length, **(sizes or {})}
