@@ -1,7 +1,7 @@
 """Read the small integer expressions of a manifest: "batch * seq", "(context + 15) // 16".
 
-Integers, names, + - * //, unary minus and parentheses; nothing else is accepted, and nothing is ever
-evaluated as Python.
+Integers, names, + - * //, unary minus, parentheses and small constant powers; nothing else is
+accepted, and nothing is ever evaluated as Python.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = ["Expression", "is_symbol_name", "parse_expression"]
 _MOST_CHARACTERS = 400
 _MOST_NODES = 100
 _MOST_VALUE = 2**62
+_MOST_EXPONENT = 4
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -40,7 +41,7 @@ class Expression:
     evaluate: Evaluate
 
     def __call__(self, values: Mapping[str, int]) -> int:
-        """Return the value for these symbols. Raises ArtifactError for division by 0 or overflow."""
+        """Return the value for these symbols. Raises ArtifactError if there is none."""
         try:
             result = self.evaluate(values)
         except ZeroDivisionError:
@@ -68,7 +69,9 @@ def parse_expression(text: str | int) -> Expression:
         if not -_MOST_VALUE < value < _MOST_VALUE:
             raise ArtifactError(f"the integer {value:.3e} is out of range")
         return Expression(str(value), frozenset(), lambda _: value)
-    refusal = ArtifactError(f"{text[:80]!r} is not an integer expression (names, integers, + - * //)")
+    refusal = ArtifactError(
+        f"{text[:80]!r} is not an integer expression (names, integers, + - * //)"
+    )
     if len(text) > _MOST_CHARACTERS or not text.isascii():
         raise refusal
     try:
@@ -93,6 +96,11 @@ def _compile(node: ast.expr, refusal: ArtifactError) -> Evaluate:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             inner = _compile(operand, refusal)
             return lambda values: -inner(values)
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=exponent)) if (
+            type(exponent) is int and 0 <= exponent <= _MOST_EXPONENT
+        ):
+            base = _compile(left, refusal)
+            return lambda values: int(base(values) ** exponent)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             apply = _OPERATORS[type(op)]
             first, second = _compile(left, refusal), _compile(right, refusal)

@@ -1,9 +1,9 @@
 """Read and write safetensors files: memory-mapped, bounds-checked, 64-byte aligned.
 
-A file is an 8-byte little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`
-and the data, without holes. Written files put every tensor on a multiple of 64 bytes, so that mapped
-tensors can be given to kernels as they are; the format forbids holes, so explicit tensors named
-"__pad_N" fill them.
+A file is an 8-byte little-endian header length, a JSON header `{name: {dtype, shape,
+data_offsets}}` and the data, without holes. Written files put every tensor on a multiple of 64
+bytes, so that mapped tensors can be given to kernels as they are; the format forbids holes, so
+explicit tensors named "__pad_N" fill them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class SafetensorsFile(Mapping[str, NDArray[Any]]):
     """Map a safetensors file and give its tensors as numpy views, without copying.
 
     The views are private copies-on-write: writing to one changes neither the file nor other maps.
-    bfloat16 comes as uint16. Padding tensors are hidden. Raises ArtifactError for any malformed file.
+    bfloat16 comes as uint16. Padding tensors are hidden. Raises ArtifactError for any malformed
+    file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -167,7 +168,7 @@ def write_safetensors(
     tensors: Mapping[str, TensorSource | NDArray[Any]],
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write `tensors` in order, each 64-byte aligned, one in memory at a time; return the file's bytes.
+    """Write `tensors` in order, one in memory at a time; return the bytes of the file.
 
     Raises ArtifactError if a source gives another dtype or shape than it promised.
     """

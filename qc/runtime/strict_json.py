@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from qc.errors import ArtifactError
@@ -25,8 +26,8 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            twice = counts.most_common(1)[0][0]
             raise ArtifactError(f"{what} has the name {twice[:100]!r} twice")
         return result
 
@@ -34,9 +35,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
         raise ArtifactError(f"{what} holds {constant}, which is not JSON")
 
     try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse
-        )
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{what} is not UTF-8 text (byte {error.start})") from None
     except RecursionError:

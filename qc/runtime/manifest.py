@@ -1,0 +1,683 @@
+"""Describe a compiled model: the schema of manifest.json, as frozen dataclasses.
+
+`Manifest.parse` reads untrusted JSON: every size is bounded, every reference is in range, every
+name and path is checked, unknown keys and versions are refused, and each problem is one
+ArtifactError. `Manifest.to_json` writes what `parse` reads. The format is documented in
+docs/artifact.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+from qc.errors import ArtifactError, nearest
+from qc.runtime.dtypes import DTYPES, DType
+from qc.runtime.expression import Expression, is_symbol_name, parse_expression
+from qc.runtime.strict_json import parse_object
+
+__all__ = [
+    "FORMAT",
+    "LIBRARY",
+    "MANIFEST",
+    "WEIGHTS",
+    "Dim",
+    "FileEntry",
+    "Generate",
+    "KernelStep",
+    "Manifest",
+    "Scalar",
+    "Step",
+    "TargetFacts",
+    "TorchStep",
+    "Value",
+    "ValueArg",
+    "is_file_name",
+]
+
+FORMAT = 1
+"""Raised by every change that an older reader would misread."""
+
+MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "model.so"
+
+Kind = Literal["input", "weight", "state", "scratch", "output"]
+_KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+Dim = int | str
+"""A size: an integer, or an expression over symbols such as "batch" or "(context + 15) // 16"."""
+
+DEFAULT_CHUNK = 512
+"""Tokens of a prompt in one call: enough for efficient matrix products, few enough that the
+intermediate values stay small."""
+
+PAST, CONTEXT, KEEP = "past", "context", "keep"
+BOUND_BY_EXECUTOR = frozenset({PAST, CONTEXT, KEEP})
+"""Symbols that no input shape gives: tokens already in the state, the positions that the state has
+room for, and how many of the last positions the caller wants results for."""
+
+_MOST_BYTES = 256 * 2**20  # of a manifest
+_MOST_VALUES = 1_000_000
+_MOST_DIMENSIONS = 8
+_MOST_CONTEXT = 2**31
+
+
+# ---- The schema -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFacts:
+    """Name the target and what its CPU must have: `features` are spelled as in /proc/cpuinfo."""
+
+    name: str
+    arch: str
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Pin a file of the artifact: its size and its SHA-256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Declare one tensor of the program.
+
+    A "weight" names its `tensor` in the weights file. A "state" lives as long as a session and is
+    shaped by batch and context. Elements of an integer input with `below` must be in [0, below).
+    Only "past" may not occur in a shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    kind: Kind
+    tensor: str | None = None
+    below: int | None = None
+
+    @property
+    def element(self) -> DType:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class ValueArg:
+    """Pass a value, perhaps reshaped, from element `offset` on (which may use "past")."""
+
+    value: int
+    shape: tuple[Dim, ...] | None = None
+    offset: Dim = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """Pass an integer: an expression over all symbols."""
+
+    symbol: Dim
+
+
+@dataclass(frozen=True, slots=True)
+class KernelStep:
+    """Call a kernel of the library.
+
+    `reads` and `writes` list every value among `args` (in both: updated in place). With `when`, the
+    step belongs to a call only if each named symbol lies in its closed range (None: no upper end).
+    """
+
+    kernel: str
+    args: tuple[ValueArg | Scalar, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    origin: str = ""
+    when: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchStep:
+    """Call an ATen operator on torch, and copy its results into the values of `writes`, in order.
+
+    `args` and `kwargs` are templates of plain JSON in which {"value": i, "shape": optional} stands
+    for a tensor, {"symbol": "batch * 2"} for an integer and {"dtype": "f32"} for a torch dtype.
+    """
+
+    torch: str
+    args: tuple[Any, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    when: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+
+
+Step = KernelStep | TorchStep
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Say how to generate text: `tokens` is the input of ids, `logits` the output to choose from.
+
+    `top_k`, `top_p` are used when a caller samples without saying otherwise. `chunk` is how many
+    tokens of a prompt one call takes.
+    """
+
+    tokens: str
+    logits: str
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    pad: int | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    chunk: int = DEFAULT_CHUNK
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Describe a compiled model completely, except for the bytes of weights and code."""
+
+    target: TargetFacts
+    symbols: tuple[str, ...]
+    values: tuple[Value, ...]
+    steps: tuple[Step, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    context_length: int | None = None
+    generate: Generate | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: bool = False
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Manifest:
+        """Read manifest.json. Raises ArtifactError."""
+        if len(raw) > _MOST_BYTES:
+            raise ArtifactError(f"{MANIFEST} has {len(raw)} bytes, more than {_MOST_BYTES}")
+        return _read_manifest(parse_object(raw, MANIFEST))
+
+    def to_json(self) -> bytes:
+        """Write manifest.json, after checking that `parse` reads it back as it is."""
+        content = {"qc": FORMAT, "executor": "native"} | _plain(self)
+        raw = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
+        _read_manifest(parse_object(raw, MANIFEST))
+        return raw
+
+    def value_index(self, name: str) -> int:
+        """Return the position of a value in `values`. Raises ArtifactError."""
+        for index, value in enumerate(self.values):
+            if value.name == name:
+                return index
+        raise ArtifactError(f"no value {name!r}{nearest(name, (v.name for v in self.values))}")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name` is a plain relative path of at most three parts: "ir/captured.txt"."""
+    parts = name.split("/")
+    return len(parts) <= 3 and all(
+        re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", part) for part in parts
+    )
+
+
+def _plain(thing: object) -> Any:
+    """Turn dataclasses into JSON, leaving out fields that have their default."""
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        result = {}
+        for each in dataclasses.fields(thing):
+            content = getattr(thing, each.name)
+            default = (
+                each.default_factory()
+                if each.default_factory is not dataclasses.MISSING
+                else each.default
+            )
+            if content != default:
+                result[each.name] = _plain(content)
+        return result
+    if isinstance(thing, Mapping):
+        return {key: _plain(content) for key, content in thing.items()}
+    if isinstance(thing, tuple | list):
+        return [_plain(content) for content in thing]
+    return thing
+
+
+# ---- Reading it -------------------------------------------------------------------------------
+
+
+_T = TypeVar("_T")
+
+
+class _Record:
+    """Take the fields of one JSON object, each with its check; `where` is for errors."""
+
+    def __init__(self, content: object, where: str) -> None:
+        if not isinstance(content, dict):
+            raise ArtifactError(f"{MANIFEST}: {where} is not an object")
+        self.content: dict[str, Any] = dict(content)
+        self.where = where
+
+    def fail(self, key: str, expected: str) -> ArtifactError:
+        got = json.dumps(self.content.get(key))
+        got = got if len(got) <= 80 else got[:77] + "..."
+        return ArtifactError(f'{MANIFEST}: "{key}" of {self.where} must be {expected}, not {got}')
+
+    def take(self, key: str, expected: str, read: Callable[[Any], _T | None]) -> _T:
+        """Return read(field), where None means "not what is expected"."""
+        if key not in self.content:
+            raise ArtifactError(f'{MANIFEST}: {self.where} has no "{key}"')
+        result = read(self.content[key])
+        if result is None:
+            raise self.fail(key, expected)
+        del self.content[key]
+        return result
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        return self.take(
+            key,
+            "a text",
+            lambda v: v if isinstance(v, str) and len(v) <= 2000 and (v or empty) else None,
+        )
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        return self.take(
+            key,
+            f"an integer from {low} to {high}",
+            lambda v: v if type(v) is int and low <= v <= high else None,
+        )
+
+    def items(self, key: str, most: int = _MOST_VALUES) -> list[Any]:
+        return self.take(
+            key,
+            f"a list of at most {most}",
+            lambda v: v if isinstance(v, list) and len(v) <= most else None,
+        )
+
+    def table(self, key: str) -> dict[str, Any]:
+        return self.take(key, "an object", lambda v: v if isinstance(v, dict) else None)
+
+    def has(self, key: str) -> bool:
+        """Whether the field is there; a null counts as absent."""
+        if key in self.content and self.content[key] is None:
+            del self.content[key]
+        return key in self.content
+
+    def done(self) -> None:
+        """Refuse what nobody has taken: a misspelled field must not be ignored."""
+        for key in self.content:
+            raise ArtifactError(f"{MANIFEST}: {self.where} has the unknown field {key[:60]!r}")
+
+
+def _read_manifest(content: dict[str, Any]) -> Manifest:
+    top = _Record(content, "the artifact")
+    version = top.integer("qc", 1, 2**31)
+    if version != FORMAT:
+        raise ArtifactError(
+            f"the artifact has format {version}; this qc reads format {FORMAT}: "
+            "update qc, or compile the model again"
+        )
+    executor = top.text("executor")
+    if executor != "native":
+        raise ArtifactError(f'the artifact needs the executor {executor!r}; this qc has "native"')
+
+    context = top.integer("context_length", 1, _MOST_CONTEXT) if top.has("context_length") else None
+    symbols = _read_symbols(top)
+    values = tuple(
+        _read_value(_Record(each, f"value {i}"), symbols)
+        for i, each in enumerate(top.items("values"))
+    )
+    _refuse_duplicates("value", (value.name for value in values))
+    steps = tuple(
+        _read_step(_Record(each, f"step {i}"), values, symbols)
+        for i, each in enumerate(top.items("steps"))
+    )
+    manifest = Manifest(
+        target=_read_target(_Record(top.table("target"), "the target")),
+        symbols=tuple(symbols),
+        values=values,
+        steps=steps,
+        inputs=_read_signature(top, "inputs", values),
+        outputs=_read_signature(top, "outputs", values),
+        context_length=context,
+        generate=_read_generate(top, values) if top.has("generate") else None,
+        report=top.table("report") if top.has("report") else {},
+        tokenizer=top.take("tokenizer", "true or false", _boolean)
+        if top.has("tokenizer")
+        else False,
+        files=_read_files(top) if top.has("files") else {},
+    )
+    top.done()
+    _check_whole(manifest)
+    return manifest
+
+
+def _boolean(content: object) -> bool | None:
+    return content if isinstance(content, bool) else None
+
+
+def _refuse_duplicates(what: str, names: Iterable[str]) -> None:
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise ArtifactError(f"{MANIFEST}: two {what}s are called {name!r}")
+        seen.add(name)
+
+
+def _read_symbols(top: _Record) -> dict[str, None]:
+    names = top.items("symbols", 64)
+    for name in names:
+        if not is_symbol_name(name):
+            raise ArtifactError(f"{MANIFEST}: {str(name)[:60]!r} cannot name a symbol")
+    _refuse_duplicates("symbol", names)
+    return dict.fromkeys(names)
+
+
+def _read_target(record: _Record) -> TargetFacts:
+    features = record.items("features", 500) if record.has("features") else []
+    for feature in features:
+        if not isinstance(feature, str) or not re.fullmatch(r"[a-z0-9_.]{1,40}", feature):
+            raise ArtifactError(f"{MANIFEST}: {str(feature)[:60]!r} cannot be a CPU feature")
+    target = TargetFacts(record.text("name"), record.text("arch"), tuple(features))
+    record.done()
+    return target
+
+
+def _read_dim(content: object, symbols: Iterable[str], where: str) -> Expression:
+    if type(content) is int or isinstance(content, str):
+        expression = parse_expression(content)
+        for symbol in expression.symbols:
+            if symbol not in symbols:
+                hint = nearest(symbol, symbols)
+                raise ArtifactError(f"{MANIFEST}: {where} uses the unknown symbol {symbol!r}{hint}")
+        return expression
+    raise ArtifactError(f"{MANIFEST}: {where} holds {str(content)[:60]!r}, not an expression")
+
+
+def _read_shape(record: _Record, symbols: Iterable[str]) -> tuple[Dim, ...]:
+    dims = record.items("shape", _MOST_DIMENSIONS)
+    for dim in dims:
+        expression = _read_dim(dim, symbols, f"the shape of {record.where}")
+        if PAST in expression.symbols:
+            raise ArtifactError(f'{MANIFEST}: the shape of {record.where} may not use "{PAST}"')
+        if type(dim) is int and dim < 0:
+            raise ArtifactError(f"{MANIFEST}: the shape of {record.where} has the size {dim}")
+    return tuple(dims)
+
+
+def _read_value(record: _Record, symbols: Iterable[str]) -> Value:
+    name = record.text("name")
+    record.where = f"value {name!r}"
+    kind: Kind = record.take(
+        "kind",
+        "one of " + ", ".join(get_args(Kind)),
+        lambda v: _KINDS.get(v) if isinstance(v, str) else None,
+    )
+    dtype = record.take(
+        "dtype",
+        "one of " + ", ".join(DTYPES),
+        lambda v: v if isinstance(v, str) and v in DTYPES else None,
+    )
+    shape = _read_shape(record, symbols)
+    used = {symbol for dim in shape for symbol in parse_expression(dim).symbols}
+    tensor = record.text("tensor") if kind == "weight" else None
+    if kind == "weight" and used:
+        raise ArtifactError(f"{MANIFEST}: the shape of weight {name!r} must be made of integers")
+    if kind == "state" and not used <= {"batch", CONTEXT}:
+        raise ArtifactError(
+            f"{MANIFEST}: the shape of state {name!r} may use batch and context only"
+        )
+    below = None
+    if record.has("below"):
+        below = record.integer("below", 1, 2**62)
+        if kind != "input" or not DTYPES[dtype].is_integer:
+            raise ArtifactError(f'{MANIFEST}: "below" is for integer inputs, {name!r} is none')
+    record.done()
+    return Value(name, dtype, shape, kind, tensor, below)
+
+
+def _read_indices(record: _Record, key: str, values: tuple[Value, ...]) -> tuple[int, ...]:
+    indices = record.items(key)
+    for index in indices:
+        _check_index(index, values, f'"{key}" of {record.where}')
+    return tuple(indices)
+
+
+def _check_index(index: object, values: tuple[Value, ...], where: str) -> int:
+    if type(index) is not int or not 0 <= index < len(values):
+        raise ArtifactError(
+            f"{MANIFEST}: {where} names value {str(index)[:40]} of {len(values)} values"
+        )
+    return index
+
+
+def _read_step(record: _Record, values: tuple[Value, ...], symbols: Iterable[str]) -> Step:
+    origin = record.text("origin", empty=True) if record.has("origin") else ""
+    reads = _read_indices(record, "reads", values)
+    writes = _read_indices(record, "writes", values)
+    when = _read_when(record, symbols) if record.has("when") else {}
+    step: Step
+    if record.has("torch"):
+        name = record.text("torch")
+        if not re.fullmatch(r"aten::[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)?", name):
+            raise ArtifactError(
+                f"{MANIFEST}: {record.where} names the torch operator {name[:60]!r}"
+            )
+        args = tuple(record.items("args", 64))
+        kwargs = record.table("kwargs") if record.has("kwargs") else {}
+        used = {
+            index
+            for each in (*args, *kwargs.values())
+            for index in _check_template(each, record.where, values, symbols)
+        }
+        step = TorchStep(name, args, reads, writes, kwargs, origin, when)
+        needed = used
+    else:
+        name = record.text("kernel")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", name):
+            raise ArtifactError(f"{MANIFEST}: {record.where} names the kernel {name[:60]!r}")
+        read_args = tuple(
+            _read_arg(_Record(each, f"argument {i} of {record.where}"), values, symbols)
+            for i, each in enumerate(record.items("args", 256))
+        )
+        step = KernelStep(name, read_args, reads, writes, origin, when)
+        needed = {arg.value for arg in read_args if isinstance(arg, ValueArg)}
+    record.done()
+    listed = {*reads, *writes} if isinstance(step, KernelStep) else set(reads)
+    for index in needed - listed:
+        raise ArtifactError(
+            f"{MANIFEST}: {record.where} ({name}) uses value {values[index].name!r} "
+            "without listing it in reads or writes"
+        )
+    for index in writes:
+        if values[index].kind in ("weight", "input"):
+            raise ArtifactError(
+                f"{MANIFEST}: {record.where} ({name}) writes to the {values[index].kind} "
+                f"{values[index].name!r}"
+            )
+    return step
+
+
+def _read_when(record: _Record, symbols: Iterable[str]) -> Mapping[str, tuple[int, int | None]]:
+    result: dict[str, tuple[int, int | None]] = {}
+    for symbol, span in record.table("when").items():
+        if symbol not in symbols or symbol == PAST:
+            raise ArtifactError(f"{MANIFEST}: {record.where} depends on the symbol {symbol[:60]!r}")
+        match span:
+            case [int(low), (int() | None) as high] if type(low) is int and type(high) is not bool:
+                result[symbol] = (low, high)
+            case _:
+                raise ArtifactError(
+                    f'{MANIFEST}: "when" of {record.where} needs ranges [low, high or null]'
+                )
+    return result
+
+
+def _read_arg(
+    record: _Record, values: tuple[Value, ...], symbols: Iterable[str]
+) -> ValueArg | Scalar:
+    if record.has("symbol"):
+        dim: Dim = record.content.pop("symbol")
+        _read_dim(dim, symbols, record.where)
+        record.done()
+        return Scalar(dim)
+    index = record.take("value", "the index of a value", lambda v: v)
+    _check_index(index, values, record.where)
+    shape = _read_shape(record, symbols) if record.has("shape") else None
+    offset: Dim = record.content.pop("offset", 0)
+    _read_dim(offset, symbols, f"the offset of {record.where}")
+    record.done()
+    return ValueArg(index, shape, offset)
+
+
+def _check_template(
+    content: object,
+    where: str,
+    values: tuple[Value, ...],
+    symbols: Iterable[str],
+    depth: int = 0,
+) -> set[int]:
+    """Check one argument of a torch step; return the values that it uses."""
+    if depth > 4:
+        raise ArtifactError(f"{MANIFEST}: an argument of {where} is nested too deeply")
+    if content is None or isinstance(content, bool | int | float | str):
+        return set()
+    if isinstance(content, list) and len(content) <= 4096:
+        return {
+            i for each in content for i in _check_template(each, where, values, symbols, depth + 1)
+        }
+    record = _Record(content, f"an argument of {where}")
+    used = set()
+    if record.has("value"):
+        index = _check_index(record.content.pop("value"), values, record.where)
+        used.add(index)
+        if record.has("shape"):
+            _read_shape(record, symbols)
+    elif record.has("symbol"):
+        _read_dim(record.content.pop("symbol"), symbols, record.where)
+    else:
+        record.take(
+            "dtype",
+            "one of " + ", ".join(DTYPES),
+            lambda v: v if isinstance(v, str) and v in DTYPES else None,
+        )
+    record.done()
+    return used
+
+
+def _read_signature(
+    top: _Record, key: Literal["inputs", "outputs"], values: tuple[Value, ...]
+) -> tuple[str, ...]:
+    kind = key[:-1]
+    declared = {value.name for value in values if value.kind == kind}
+    names = top.items(key)
+    for name in names:
+        if name not in declared:
+            hint = nearest(str(name), declared)
+            raise ArtifactError(
+                f"{MANIFEST}: {key} lists {str(name)[:60]!r}, no {kind} value{hint}"
+            )
+    _refuse_duplicates(kind, names)
+    for name in sorted(declared - set(names)):
+        raise ArtifactError(f"{MANIFEST}: the {kind} value {name!r} is missing in {key}")
+    return tuple(names)
+
+
+def _read_generate(top: _Record, values: tuple[Value, ...]) -> Generate:
+    record = _Record(top.table("generate"), "generate")
+    by_name = {value.name: value for value in values}
+    tokens = by_name.get(record.text("tokens"))
+    logits = by_name.get(record.text("logits"))
+    if (
+        tokens is None
+        or tokens.kind != "input"
+        or not tokens.element.is_integer
+        or len(tokens.shape) != 2
+    ):
+        raise ArtifactError(
+            f'{MANIFEST}: "tokens" of generate must name an input [batch, seq] of ids'
+        )
+    if (
+        logits is None
+        or logits.kind != "output"
+        or not logits.element.is_float
+        or len(logits.shape) != 3
+    ):
+        raise ArtifactError(
+            f'{MANIFEST}: "logits" of generate must name an output [batch, keep, vocabulary]'
+        )
+    eos = record.items("eos", 1000) if record.has("eos") else []
+    if not all(type(each) is int and 0 <= each < 2**31 for each in eos):
+        raise record.fail("eos", "a list of token ids")
+
+    def token(key: str) -> int | None:
+        return record.integer(key, 0, 2**31) if record.has(key) else None
+
+    generate = Generate(
+        tokens=tokens.name,
+        logits=logits.name,
+        eos=tuple(eos),
+        bos=token("bos"),
+        pad=token("pad"),
+        top_k=token("top_k"),
+        top_p=record.take(
+            "top_p",
+            "a number above 0 and at most 1",
+            lambda v: float(v) if type(v) in (int, float) and 0 < v <= 1 else None,
+        )
+        if record.has("top_p")
+        else None,
+        chunk=record.integer("chunk", 1, 2**20) if record.has("chunk") else DEFAULT_CHUNK,
+    )
+    record.done()
+    return generate
+
+
+def _read_files(top: _Record) -> dict[str, FileEntry]:
+    files = {}
+    for name, content in top.table("files").items():
+        if not is_file_name(name) or name == MANIFEST:
+            raise ArtifactError(f"{MANIFEST}: {name[:80]!r} cannot be a file of an artifact")
+        record = _Record(content, f"file {name!r}")
+        files[name] = FileEntry(
+            record.integer("bytes", 0, 2**62),
+            record.take(
+                "sha256",
+                "64 hexadecimal digits",
+                lambda v: v if isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) else None,
+            ),
+        )
+        record.done()
+    return files
+
+
+def _check_whole(manifest: Manifest) -> None:
+    """Check what no part can see alone."""
+    written: set[int] = set()
+    read: set[int] = set()
+    for step in manifest.steps:
+        written.update(step.writes)
+        for index in step.reads:
+            value = manifest.values[index]
+            if value.kind in ("scratch", "output") and index not in written:
+                raise ArtifactError(
+                    f"{MANIFEST}: value {value.name!r} is read before any step writes it"
+                )
+            read.add(index)
+    for index, value in enumerate(manifest.values):
+        if value.kind == "output" and index not in written:
+            raise ArtifactError(f"{MANIFEST}: no step writes the output {value.name!r}")
+    given = {
+        parse_expression(dim).text
+        for value in manifest.values
+        if value.kind == "input"
+        for dim in value.shape
+        if parse_expression(dim).is_symbol
+    }
+    for symbol in manifest.symbols:
+        if symbol not in BOUND_BY_EXECUTOR and symbol not in given:
+            raise ArtifactError(
+                f"{MANIFEST}: no input has a dimension {symbol!r}, so its size is never known"
+            )
+    stateful = any(value.kind == "state" for value in manifest.values)
+    if stateful and (manifest.context_length is None or manifest.generate is None):
+        raise ArtifactError(f"{MANIFEST}: a model with state needs context_length and generate")
