@@ -121,21 +121,31 @@ class PlannedModel:
 
     def write(self, place: Path, name: str, progress: Progress) -> Artifact:
         """Write the artifact to `place` and load it."""
-        from qc.backends import build_artifact  # imports the code generator of the device
+        from qc.backends.tvm.artifact import ArtifactFacts, write_native_artifact  # loads TVM
+        from qc.runtime import load
 
         captured = self.quantized.captured
-        texts = {
-            "ir/captured.txt": str(captured.graph),
+        facts = ArtifactFacts(
+            name,
+            captured.captured.eos_ids,
+            captured.captured.bos_id,
+            captured.captured.context_length,
+            captured.captured.tokenizer,
+            compile_report(self.quantized.graph, captured.source, name),
+            self.texts(),
+        )
+        write_native_artifact(self.graph, self.target, facts, place, progress)
+        return load(place)
+
+    def texts(self) -> dict[str, str]:
+        """Print every stage, for `qc inspect`."""
+        return {
+            "ir/captured.txt": str(self.quantized.captured.graph),
             "ir/canonical.txt": str(self.quantized.canonical),
             "ir/quantized.txt": str(self.quantized.graph),
             "ir/planned.txt": str(self.graph),
             "ir/log.txt": "\n".join(str(step) for step in self.quantized.log),
         }
-        report = compile_report(self.quantized.graph, captured.source, name)
-        return build_artifact(
-            self.graph, self.quantized.graph, self.target, captured.captured, place,
-            name, texts, report, progress,
-        )  # fmt: skip
 
     def __str__(self) -> str:
         return str(self.graph)

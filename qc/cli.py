@@ -1,0 +1,190 @@
+"""The `qc` command: compile, run, eval, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qc.errors import InputError, QcError, nearest
+
+if TYPE_CHECKING:
+    from qc.evaluation import Logits
+    from qc.runtime import Artifact
+
+STAGES = ("captured", "canonical", "quantized", "planned", "log")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except QcError as error:
+        print(f"qc: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qc: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the commands and their options."""
+    parser = argparse.ArgumentParser(prog="qc", description="Compile quantized neural networks.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("compile", help="compile a model for a target")
+    one.add_argument("model", help="a Hugging Face folder or name, or a .gguf file")
+    one.add_argument("--target", default="cpu-w4", help="machine and recipe (default: cpu-w4)")
+    one.add_argument("--recipe", help="another recipe than the target names")
+    one.add_argument("-o", "--output", required=True, metavar="DIR", help="the artifact to write")
+    one.add_argument("--quiet", action="store_true", help="no progress, no table")
+    one.set_defaults(command=compile_command)
+
+    one = commands.add_parser("run", help="continue a prompt, streaming the text")
+    one.add_argument("artifact", metavar="DIR")
+    one.add_argument("prompt")
+    one.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    one.add_argument("-n", "--max-new-tokens", type=int, default=128)
+    one.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest")
+    one.add_argument("--top-k", type=int)
+    one.add_argument("--top-p", type=float)
+    one.add_argument("--seed", type=int)
+    one.add_argument("--threads", type=int, help="default: one for each CPU of this process")
+    one.add_argument("--stats", action="store_true", help="print times to standard error")
+    one.set_defaults(command=run_command)
+
+    one = commands.add_parser("eval", help="perplexity and KL divergence against the original")
+    one.add_argument("artifact", metavar="DIR")
+    one.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    one.add_argument("--reference", metavar="MODEL", help="default: what the artifact was made of")
+    one.add_argument("--no-reference", action="store_true", help="perplexity only")
+    one.add_argument("--window", type=int, default=512, help="tokens per window (default: 512)")
+    one.add_argument("--windows", type=int, default=64, help="at most so many (default: 64)")
+    one.add_argument("--quiet", action="store_true", help="no progress")
+    one.set_defaults(command=eval_command)
+
+    one = commands.add_parser("inspect", help="the report, the plan, a stage's IR, a kernel")
+    one.add_argument("artifact", metavar="DIR")
+    one.add_argument("--ir", metavar="STAGE", help=", ".join(STAGES))
+    one.add_argument("--source", metavar="KERNEL", help="the generated code of one kernel")
+    one.add_argument("--plan", action="store_true", help="the steps of a call")
+    one.add_argument("--profile", action="store_true", help="milliseconds a token, by kernel")
+    one.set_defaults(command=inspect_command)
+    return parser
+
+
+def compile_command(options: argparse.Namespace) -> None:
+    """`qc compile MODEL --target T -o DIR`"""
+    from qc.compiler import compile
+
+    start = time.perf_counter()
+    artifact = compile(
+        options.model, options.target, recipe=options.recipe, output=options.output,
+        progress=not options.quiet,
+    )  # fmt: skip
+    if options.quiet:
+        return
+    print(artifact.report())
+    size = sum(entry.bytes for entry in artifact.manifest.files.values())
+    seconds = time.perf_counter() - start
+    print(f"\n{options.output}: {size / 1e6:.1f} MB, compiled in {seconds:.1f} s")
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """`qc run DIR "prompt"`"""
+    from qc.runtime import load
+
+    start = time.perf_counter()
+    artifact = load(options.artifact)
+    if options.threads is not None:
+        artifact.set_threads(options.threads)
+    pieces = artifact.stream_text(
+        options.prompt, options.max_new_tokens, chat=options.chat, temperature=options.temperature,
+        top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+    )  # fmt: skip
+    first = None
+    for piece in pieces:
+        first = first or time.perf_counter()
+        print(piece, end="", flush=True)
+    print()
+    if options.stats and first is not None:
+        total = time.perf_counter() - first
+        print(f"first text after {first - start:.2f} s, the rest took {total:.2f} s",
+              file=sys.stderr)  # fmt: skip
+
+
+def eval_command(options: argparse.Namespace) -> None:
+    """`qc eval DIR --text FILE`"""
+    from qc.evaluation import evaluate_windows, windows_of
+    from qc.progress import progress_bar
+    from qc.runtime import load
+
+    text = read_text(options.text)
+    artifact = load(options.artifact)
+    tokens = artifact.text.encode(text, special_tokens=False)
+    windows = windows_of(tokens, options.window, options.windows)
+    reference = None if options.no_reference else reference_logits(artifact, options.reference)
+    with nullcontext(None) if options.quiet else progress_bar() as show:
+
+        def progress(done: int) -> None:
+            if show is not None:
+                show(f"window {done} of {len(windows)}", done / len(windows))
+
+        print(evaluate_windows(artifact, windows, reference, progress))
+
+
+def reference_logits(artifact: Artifact, named: str | None) -> Logits | None:
+    """Return the original model as a function, from the folder or file it came from."""
+    import numpy as np
+    import torch
+
+    from qc.compiler import trace
+
+    source = named or artifact.manifest.report.get("source")
+    if not source:
+        print("qc: no original model to compare with; name one with --reference", file=sys.stderr)
+        return None
+    model = trace(source).quantize("f32")
+    label = artifact.manifest.inputs[0]
+
+    def logits(ids: Any) -> Any:
+        return np.asarray(model(**{label: torch.from_numpy(ids)})["logits"])
+
+    return logits
+
+
+def read_text(path: str) -> str:
+    """Read a UTF-8 file; InputError where it is missing or something else."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"cannot read {path}: {reason}") from None
+
+
+def inspect_command(options: argparse.Namespace) -> None:
+    """`qc inspect DIR`"""
+    from qc.runtime import load
+
+    artifact = load(options.artifact)
+    if options.ir:
+        if options.ir not in STAGES:
+            hint = nearest(options.ir, STAGES) or f"; known are {', '.join(STAGES)}"
+            raise InputError(f"unknown stage {options.ir!r}{hint}")
+        print((artifact.path / "ir" / f"{options.ir}.txt").read_text())
+    elif options.source:
+        print(artifact.source(options.source))
+    elif options.plan:
+        print(artifact.plan)
+    elif options.profile:
+        print(artifact.profile())
+    else:
+        print(artifact.report())
