@@ -46,6 +46,8 @@ class Expression:
             result = self.evaluate(values)
         except ZeroDivisionError:
             raise ArtifactError(f'"{self.text}" divides by zero') from None
+        except KeyError as error:
+            raise ArtifactError(f'"{self.text}": this call gives no size {error}') from None
         if not -_MOST_VALUE < result < _MOST_VALUE:
             raise ArtifactError(f'"{self.text}" is out of range')
         return result
