@@ -46,7 +46,10 @@ def read_source(file: Path) -> Source:
     """Read the file once."""
     reader = GGUFReader(file)
     config = _read_config(reader)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {
+        "attn_q": _field(reader, "llama.attention.head_count"),
+        "attn_k": _field(reader, "llama.attention.head_count_kv"),
+    }
     state = {}
     for tensor in reader.tensors:
         kind = tensor.name.removesuffix(".weight").split(".")[-1]

@@ -67,7 +67,7 @@ def test_importing_qc_loads_no_backend_and_no_transformers(code: str) -> None:
 
 
 def test_runtime_imports_where_nothing_of_the_compiler_is_installed() -> None:
-    compiler = ["ir", "frontends", "passes", "backends", "compile", "cli"]
+    compiler = ["ir", "frontends", "passes", "backends", "stages", "compiler", "cli"]
     libraries = ["torch", "transformers", "tvm", "tvm_ffi", "triton", "networkx", "gguf"]
     blocked = [f"qc.{name}" for name in compiler] + libraries
     run_python(f"BLOCKED = {blocked}\n{BLOCK_IMPORTS}\n{IMPORT_ALL_OF_RUNTIME}")
