@@ -571,7 +571,7 @@ def _read_signature(
     declared = {value.name for value in values if value.kind == kind}
     names = top.items(key)
     for name in names:
-        if name not in declared:
+        if not isinstance(name, str) or name not in declared:
             hint = nearest(str(name), declared)
             raise ArtifactError(
                 f"{MANIFEST}: {key} lists {str(name)[:60]!r}, no {kind} value{hint}"
@@ -653,16 +653,14 @@ def _read_files(top: _Record) -> dict[str, FileEntry]:
 def _check_whole(manifest: Manifest) -> None:
     """Check what no part can see alone."""
     written: set[int] = set()
-    read: set[int] = set()
     for step in manifest.steps:
-        written.update(step.writes)
         for index in step.reads:
             value = manifest.values[index]
             if value.kind in ("scratch", "output") and index not in written:
                 raise ArtifactError(
                     f"{MANIFEST}: value {value.name!r} is read before any step writes it"
                 )
-            read.add(index)
+        written.update(step.writes)
     for index, value in enumerate(manifest.values):
         if value.kind == "output" and index not in written:
             raise ArtifactError(f"{MANIFEST}: no step writes the output {value.name!r}")
