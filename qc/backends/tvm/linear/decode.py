@@ -14,8 +14,8 @@ from qc.backends.tvm.linear.skeleton import (
     Signature,
     accumulator,
     build_kernel,
-    finished,
     for_each_block,
+    store_one,
 )
 from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lanes, typed
 from qc.ir.node import Node
@@ -71,8 +71,7 @@ def emit_output(signature: Signature, out: Any) -> None:
             T.buffer_store(decoded[node], value, [col])
     with T.serial(T.int64(0), signature.rows) as row:
         products = {node: emit_dot(signature, decoded[node], row) for node in linear.linears}
-        value = finished(signature, products, row, out, 1)
-        T.buffer_store(signature.result, value, [row, out])
+        store_one(signature, products, row, out)
 
 
 def decode_element(signature: Signature, node: Node, row: Any, col: Any) -> Any:

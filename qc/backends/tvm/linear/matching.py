@@ -98,17 +98,21 @@ def is_elementwise(body: Graph, node: Node, linears: tuple[Node, ...]) -> bool:
 
 
 def fits(region: Region, extra: Node) -> bool:
-    """Say whether an extra operand is a float32 value of the result's shape, or a vector."""
-    type, root = extra.tensor, region.root.tensor
-    if type.format is not None:
+    """Say whether an extra operand is float32 of the result's shape, a vector, or one number."""
+    type, stored = extra.tensor, region.format_of(extra) is not None
+    if type.format is not None or (type.dtype != torch.float32 and not stored):
         return False
-    if is_vector(extra, int(root.shape[-1])):
-        return region.format_of(extra) is not None or type.dtype == torch.float32
-    same = type.shape == root.shape and type.dtype == torch.float32
-    return same and region.format_of(extra) is None
+    if is_number(extra) or is_vector(extra, region.root.tensor.shape[-1]):
+        return True
+    return type.shape == region.root.tensor.shape and not stored
 
 
-def is_vector(extra: Node, outer: int) -> bool:
+def is_number(extra: Node) -> bool:
+    """Say whether `extra` is a single value."""
+    return all(size == 1 for size in extra.tensor.shape)
+
+
+def is_vector(extra: Node, outer: Dim) -> bool:
     """Say whether `extra` has one value for each output channel, the same for all rows."""
-    *around, last = extra.tensor.shape
-    return last == outer and all(size == 1 for size in around)
+    shape = extra.tensor.shape
+    return shape[-1:] == (outer,) and all(size == 1 for size in shape[:-1])

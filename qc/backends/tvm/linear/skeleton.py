@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from qc.backends.tvm.kernel import RESULT, Argument, ArrayArgument, Kernel, Repack
-from qc.backends.tvm.linear.matching import LinearRegion, is_vector
+from qc.backends.tvm.linear.matching import LinearRegion, is_number, is_vector
 from qc.backends.tvm.linear.vectors import index, span, splat
 from qc.backends.tvm.vector_math import render
 from qc.ir import ops
@@ -20,8 +21,9 @@ from qc.ir.types import Dim
 from qc.ir.weights.dense import DenseFormat
 from qc.ir.weights.weight import Weight, WeightFormat
 
-# One core does about 32 multiply-adds a cycle, and waking the others costs a few thousand cycles.
-SERIAL_BELOW = 1 << 16
+# Elements of a weight. One core does about 20 multiply-adds a cycle; a parallel launch takes about
+# 5000 cycles.
+SERIAL_BELOW = 1 << 15
 
 FLOAT32 = WeightFormat((DenseFormat(torch.float32),))
 
@@ -70,23 +72,28 @@ class Signature:
         outer = self.linear.outer
         for node in self.linear.extras:
             operand, format = self.linear.operand(node), self.linear.region.format_of(node)
-            by_row = not is_vector(node, outer)
+            by_row = not (is_number(node) or is_vector(node, outer))
             array = "values"
             if format == FLOAT32:
                 array = "0.values"
             elif format is not None:
                 self.repack[operand] = float_values
-            self.declare(operand, array, "float32", (outer,), by_row)
+            size = 1 if is_number(node) else outer
+            self.declare(operand, array, "float32", (size,), by_row)
         self.declare(RESULT, "values", "float32", (outer,), by_row=True)
 
     def x(self, array: str = "values") -> Any:
         """Return one of the buffers of x."""
         return self.buffers[self.linear.operand(self.linear.x), array]
 
-    def extra(self, node: Node) -> Any:
-        """Return the buffer of an extra operand."""
+    def read_extra(self, node: Node, row: Any, column: Any, lanes: int) -> Any:
+        """Load what the epilogue of `lanes` outputs of one row reads of an extra operand."""
         operand = self.linear.operand(node)
-        return next(b for (number, _), b in self.buffers.items() if number == operand)
+        buffer = next(b for (number, _), b in self.buffers.items() if number == operand)
+        if is_number(node):
+            return splat(buffer[0], lanes)
+        at = span(column, lanes)
+        return buffer[at] if is_vector(node, self.linear.outer) else buffer[row, at]
 
     @property
     def result(self) -> Any:
@@ -118,22 +125,14 @@ def build_kernel(
 
 
 def for_each_block(signature: Signature, blocks: int, emit: Callable[[Any], None]) -> None:
-    """Emit `emit(block)` for all blocks of outputs, on all threads where that is worth it."""
-    work = signature.linear.outer * signature.linear.inner
-    if work > SERIAL_BELOW:
-        with T.parallel(T.int64(0), T.int64(blocks)) as block:
-            emit(block)
-        return
-    with T.If(signature.rows * work <= SERIAL_BELOW):
-        with T.Then(), T.serial(T.int64(0), T.int64(blocks)) as block:
-            emit(block)
-        with T.Else(), T.parallel(T.int64(0), T.int64(blocks)) as block:
-            emit(block)
+    """Emit `emit(block)` for all blocks of outputs, on all threads unless the weight is tiny."""
+    tiny = signature.linear.outer * signature.linear.inner <= SERIAL_BELOW
+    loop = T.serial if tiny else T.parallel
+    with loop(T.int64(0), T.int64(blocks)) as block:
+        emit(block)
 
 
-def for_each_tile(
-    signature: Signature, height: int, emit: Callable[[Any, int], None]
-) -> None:
+def for_each_tile(signature: Signature, height: int, emit: Callable[[Any, int], None]) -> None:
     """Emit `emit(row, height)` for tiles of rows, or `emit(row, 1)` where there are fewer.
 
     The last tile is moved up to end at the last row: rows in the overlap are computed twice, to
@@ -148,61 +147,89 @@ def for_each_tile(
 
 
 def finished(
-    signature: Signature, products: Mapping[Node, Any], row: Any, column: Any, lanes: int
+    linear: LinearRegion,
+    products: Mapping[Node, Any],
+    read_extra: Callable[[Node], Any],
+    lanes: int,
 ) -> Any:
-    """Render the epilogue for `lanes` outputs of one row, from the bare products."""
+    """Render the epilogue for vectors of `lanes` values, from the bare products."""
+    body = linear.region.body
     values: dict[Node, Any] = {}
 
     def read(node: Node) -> Any:
         if isinstance(node.op, ops.Scalar):
             return splat(T.float32(float(node.op.value)), lanes)
         if isinstance(node.op, ops.Linear):
-            biases = [values[bias] for bias in node.inputs[2:]]
-            return sum(biases, products[node])
-        if node in signature.linear.extras:
-            at = span(column, lanes)
-            vector = is_vector(node, signature.linear.outer)
-            return signature.extra(node)[at] if vector else signature.extra(node)[row, at]
+            return sum((values[bias] for bias in node.inputs[2:]), products[node])
+        if node in linear.extras:
+            return read_extra(node)
         return render(node.op, [values[i] for i in node.inputs], lanes)
 
-    linear = signature.linear
-    for node in linear.region.body.nodes:
+    for node in body.nodes:
         if node is not linear.x and node not in linear.weights:
-            values[node] = T.Bind(read(node))
+            shared = len(body.users[node]) > 1
+            values[node] = T.Bind(read(node)) if shared else read(node)
     return values[linear.region.root]
 
 
-def store_block(
-    signature: Signature, accumulators: Mapping[Node, Any], row: Any, block: Any, lanes: int
-) -> None:
-    """Finish and store 16 outputs of one row from float32[16] accumulators.
+def store_one(signature: Signature, products: Mapping[Node, Any], row: Any, column: Any) -> None:
+    """Finish and store a single output.
 
-    Only the last block can be narrower; it goes through memory, lane by lane, so that the
-    accumulators of all others stay in registers.
+    It is computed in a vector of equal lanes: TVM's simplifier gives up on the integer scalars
+    inside exp ("conflicts with previous binding").
+    """
+    lanes = 4
+    spread = {node: splat(value, lanes) for node, value in products.items()}
+
+    def read(node: Node) -> Any:
+        return splat(signature.read_extra(node, row, column, 1), lanes)
+
+    copy = T.alloc_buffer((lanes,), "float32", layout=None)
+    T.buffer_store(copy, finished(signature.linear, spread, read, lanes), [span(0, lanes)])
+    T.buffer_store(signature.result, copy[0], [row, column])
+
+
+def store_tile(
+    signature: Signature,
+    accumulators: Mapping[Node, Sequence[Any]],
+    row: Any,
+    block: Any,
+    lanes: int,
+) -> None:
+    """Finish and store 16 outputs of a tile of rows from one float32[16] accumulator a row.
+
+    The sums go through memory, so that the epilogue is compiled once a tile and not once a
+    vector, and so that the accumulators, never indexed by a variable, stay in registers.
     """
     outer = signature.linear.outer
-    narrow = outer % 16
+    height = len(next(iter(accumulators.values())))
+    copies = {}
+    for node, rows in accumulators.items():
+        copies[node] = T.alloc_buffer((height * 16,), "float32", layout=None)
+        for at in range(0, height * 16, lanes):
+            value = rows[at // 16][span(at % 16, lanes)]
+            T.buffer_store(copies[node], value, [span(at, lanes)])
 
     def store_vectors() -> None:
-        for start in range(0, 16, lanes):
-            products = {node: a[span(start, lanes)] for node, a in accumulators.items()}
-            column = block * 16 + start
-            value = finished(signature, products, row, column, lanes)
-            T.buffer_store(signature.result, value, [row, span(column, lanes)])
+        steps = height * 16 // lanes
+        with T.serial(T.int64(0), T.int64(steps)) as step:
+            at = step * lanes
+            products = {node: copy[span(at, lanes)] for node, copy in copies.items()}
+            r = T.Bind(row + T.floordiv(at, T.int64(16)))
+            column = T.Bind(block * 16 + T.floormod(at, T.int64(16)))
+            read = partial(signature.read_extra, row=r, column=column, lanes=lanes)
+            value = finished(signature.linear, products, read, lanes)
+            T.buffer_store(signature.result, value, [r, span(column, lanes)])
 
     def store_lanes() -> None:
-        copies = {node: T.alloc_buffer((16,), "float32", layout=None) for node in accumulators}
-        for node, copy in copies.items():
-            for start in range(0, 16, lanes):
-                value = accumulators[node][span(start, lanes)]
-                T.buffer_store(copy, value, [span(start, lanes)])
-        with T.serial(T.int64(0), T.int64(narrow)) as lane:
-            products = {node: copy[lane] for node, copy in copies.items()}
-            column = T.Bind(block * 16 + lane)
-            value = finished(signature, products, row, column, 1)
-            T.buffer_store(signature.result, value, [row, column])
+        with (
+            T.serial(T.int64(0), T.int64(height)) as r,
+            T.serial(T.int64(0), T.int64(outer % 16)) as lane,
+        ):
+            products = {node: copy[r * 16 + lane] for node, copy in copies.items()}
+            store_one(signature, products, row + r, block * 16 + lane)
 
-    if not narrow:
+    if outer % 16 == 0:
         store_vectors()
         return
     with T.If(block < index(outer // 16)):

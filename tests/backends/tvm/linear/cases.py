@@ -1,0 +1,190 @@
+"""Linear regions to test kernels with: how to build, compile, run and compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import tvm
+from torch import Tensor
+
+from qc.backends.tvm.kernel import RESULT, ArrayArgument, Kernel, KernelRule, Region, region_of
+from qc.ir import ops
+from qc.ir.fused import Fused, fuse
+from qc.ir.node import Node, make
+from qc.ir.quantized import QuantizedTensor, quantize_activation, split_groups
+from qc.ir.target import Target
+from qc.ir.types import ActivationFormat, TensorType, symbol
+from qc.ir.weights.dense import Dense, dense_weight
+from qc.ir.weights.grouped import GroupedFormat, encode_codes
+from qc.ir.weights.weight import Term, TermFormat, Weight
+
+ROWS = symbol("rows")
+
+
+def random_term(format: TermFormat, outer: int, inner: int) -> Term:
+    """Return random values in a storage format."""
+    if not isinstance(format, GroupedFormat):
+        (spec,) = format.arrays((outer, inner)).values()
+        return Dense(torch.randn(outer, inner).to(spec.dtype))
+    top = 1 << format.bits_per_code
+    codes = torch.randint(0, top, (outer, inner), dtype=torch.uint8)
+    scale = torch.rand(outer, format.groups(inner)) / top + 0.01
+    offset = None
+    if format.offset == "zero":
+        offset = torch.randint(0, top, scale.shape)
+    if format.offset == "minimum":
+        offset = -scale * top * torch.rand(scale.shape)
+    return encode_codes(format, codes, scale, offset)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear region with random weights. `epilogue` is "", "bias", "residual" or "gated"."""
+
+    outer: int
+    inner: int
+    formats: tuple[TermFormat, ...]
+    activation: ActivationFormat | None = None
+    epilogue: str = ""
+
+    def weight(self, name: str) -> Node:
+        terms = tuple(random_term(f, self.outer, self.inner) for f in self.formats)
+        return make(ops.Parameter(Weight(name, (self.outer, self.inner), terms)))
+
+    def vector(self, name: str) -> Node:
+        return make(ops.Parameter(dense_weight(name, torch.randn(self.outer))))
+
+    @cached_property
+    def node(self) -> Node:
+        """The fused node."""
+        type = TensorType((ROWS, self.inner), torch.float32, self.activation)
+        x = make(ops.Input("x", type))
+        leaves = {x}
+        first = (x, self.weight("w0"))
+        leaves |= {*first}
+        match self.epilogue:
+            case "bias":
+                bias, gain = self.vector("b"), self.vector("g")
+                leaves |= {bias, gain}
+                half = make(ops.Scalar(0.5))
+                root = make(ops.Linear(), *first, bias)
+                root = make(ops.Binary("mul"), make(ops.Unary("gelu"), root), gain)
+                root = make(ops.Binary("mul"), root, half)
+            case "residual":
+                residual = make(ops.Input("r", TensorType((ROWS, self.outer))))
+                leaves |= {residual}
+                root = make(ops.Binary("add"), residual, make(ops.Linear(), *first))
+            case "gated":
+                second = (x, self.weight("w1"))
+                leaves |= {*second}
+                pair = make(ops.Linear(), *first), make(ops.Linear(), *second)
+                root = make(ops.GatedActivation("silu"), *pair)
+            case _:
+                root = make(ops.Linear(), *first)
+        inside, waiting = {root}, [root]
+        while waiting:
+            for operand in waiting.pop().inputs:
+                if operand not in leaves and not isinstance(operand.op, ops.Scalar):
+                    inside.add(operand)
+                    waiting.append(operand)
+        return fuse("linear", root, frozenset(inside))
+
+    def region(self, target: Target) -> Region:
+        return region_of(self.node, target)
+
+    def values(self, rows: int) -> list[Any]:
+        """Return random operands for `rows` rows, and the stored weights."""
+        found: list[Any] = []
+        for operand in self.node.inputs:
+            if isinstance(operand.op, ops.Parameter):
+                found.append(operand.op.weight)
+                continue
+            value = torch.randn(rows, *operand.tensor.shape[1:])
+            format = operand.tensor.format
+            found.append(quantize_activation(value, format) if format else value)
+        return found
+
+    def expected(self, values: Sequence[Any]) -> Tensor:
+        """Compute the torch meaning, in float64."""
+        operands = [widened(v.dense() if isinstance(v, Weight) else v) for v in values]
+        assert isinstance(self.node.op, Fused)
+        result: Tensor = self.node.op.meaning(*operands, sizes={})
+        return result
+
+
+def widened(value: Any) -> Any:
+    """Return a value whose torch meaning is computed in float64."""
+    if isinstance(value, QuantizedTensor):
+        return value.dequantize().double()
+    return value.double()
+
+
+def buffers(kernel: Kernel, values: Sequence[Any], result: Tensor) -> list[Any]:
+    """Lay out a kernel's arguments."""
+    packed: dict[int, Mapping[str, Tensor]] = {}
+    arguments = []
+    for argument in kernel.arguments:
+        assert isinstance(argument, ArrayArgument)
+        if argument.operand == RESULT:
+            arguments.append(result)
+            continue
+        value = values[argument.operand]
+        if argument.operand not in packed:
+            packed[argument.operand] = arrays_of(value, kernel, argument.operand)
+        arguments.append(packed[argument.operand][argument.array].contiguous())
+    return [tvm.runtime.from_dlpack(a.clone()) for a in arguments[:-1]] + [
+        tvm.runtime.from_dlpack(result)
+    ]
+
+
+def arrays_of(value: Any, kernel: Kernel, operand: int) -> Mapping[str, Tensor]:
+    """Return the arrays that hold an operand."""
+    if isinstance(value, Weight):
+        repack = kernel.repack.get(operand)
+        return value.arrays() if repack is None else repack(value)
+    if isinstance(value, QuantizedTensor):
+        groups, _ = split_groups(value.codes.float(), value.format.group)
+        total = groups.sum(-1) * value.scale
+        return {"codes": value.codes, "scale": value.scale, "total": total}
+    return {"values": value}
+
+
+def compile_cases(rule: KernelRule, cases: Sequence[Case], target: Target) -> list[Kernel]:
+    """Ask `rule` for the kernels of all cases."""
+    kernels = [rule(case.region(target)) for case in cases]
+    missing = [case for case, kernel in zip(cases, kernels, strict=True) if kernel is None]
+    assert not missing, f"{rule.__name__} does not take {missing[0]}"
+    return [kernel for kernel in kernels if kernel is not None]
+
+
+def build(kernels: Sequence[Kernel], target: Target) -> Any:
+    """Compile all kernels in one module, as k0, k1, ..."""
+    functions = {
+        f"k{i}": kernel.function.with_attr("global_symbol", f"k{i}")
+        for i, kernel in enumerate(kernels)
+    }
+    described = tvm.target.Target({"kind": "llvm", "mcpu": target.llvm_cpu})
+    return tvm.compile(tvm.IRModule(functions), target=described)
+
+
+def worst_error(
+    rule: KernelRule, cases: Sequence[Case], target: Target, rows: Sequence[int]
+) -> dict[Case, float]:
+    """Run every case for every number of rows; return its largest relative L2 error."""
+    kernels = compile_cases(rule, cases, target)
+    module = build(kernels, target)
+    worst: dict[Case, float] = {}
+    for i, (case, kernel) in enumerate(zip(cases, kernels, strict=True)):
+        for count in rows:
+            values = case.values(count)
+            expected = case.expected(values)
+            result = torch.full((count, case.outer), float("nan"))
+            module[f"k{i}"](*buffers(kernel, values, result))
+            error = float((result - expected).norm() / expected.norm())
+            error = error if error == error else float("inf")
+            worst[case] = max(worst.get(case, 0.0), error)
+    return worst

@@ -1,0 +1,41 @@
+"""The generic rule computes what torch does with the same stored weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qc.backends.tvm.linear.decode import decoded_linear
+from qc.ir.target import CPUS, Target, host_cpu
+from qc.ir.types import ActivationFormat
+from qc.ir.weights.dense import DenseFormat
+from qc.ir.weights.grouped import GroupedFormat
+from tests.backends.tvm.linear.cases import Case, worst_error
+
+ODD = (1, 7, 31, 33, 127, 129)
+FORMATS = (
+    (DenseFormat(torch.float32),),
+    (DenseFormat(torch.float16),),
+    (DenseFormat(torch.bfloat16),),
+    (GroupedFormat(4, 32, "minimum"), GroupedFormat(2, None, "symmetric")),
+    *((GroupedFormat(bits, 16, "zero"),) for bits in (2, 3, 5, 8)),
+)
+EPILOGUES = ("", "bias", "residual", "gated")
+
+
+def cases() -> list[Case]:
+    """Pair every size with every format once; activations and epilogues take turns."""
+    found = []
+    activations = (None, ActivationFormat(8, 32), ActivationFormat(8), ActivationFormat(8, 5))
+    for i, formats in enumerate(FORMATS):
+        for j, inner in enumerate(ODD):
+            outer = ODD[(i + j) % len(ODD)]
+            activation, epilogue = activations[(i + j) % 4], EPILOGUES[(i + j // 2) % 4]
+            found.append(Case(outer, inner, formats, activation, epilogue))
+    return found
+
+
+@pytest.mark.parametrize("target", [CPUS["x86_64-v2"], host_cpu()], ids=str)
+def test_every_format_and_size_is_decoded_and_multiplied(target: Target) -> None:
+    errors = worst_error(decoded_linear, cases(), target, rows=(1, 2, 5))
+    assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
