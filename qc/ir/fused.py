@@ -42,8 +42,11 @@ class Fused(Op):
         return tuple(structure_of((*self.body.inputs, *self.body.outputs)))
 
     def attributes(self) -> str:
-        inner = [n.op.name if str(n.op) == n.op.name or "(" in str(n.op) else str(n.op)
-                 for n in self.body.nodes if not isinstance(n.op, Input)]
+        inner = [
+            n.op.name if str(n.op) == n.op.name or "(" in str(n.op) else str(n.op)
+            for n in self.body.nodes
+            if not isinstance(n.op, Input)
+        ]
         return f"{self.label}: {' '.join(inner)}"
 
 
@@ -58,7 +61,7 @@ def fuse(label: str, root: Node, inside: frozenset[Node]) -> Node:
     for node in topological_inside(root, inside):
         inputs = []
         for operand in node.inputs:
-            if operand in inside or not operand.inputs and operand.op.name == "scalar":
+            if operand in inside or (not operand.inputs and operand.op.name == "scalar"):
                 inputs.append(rebuilt.get(operand, operand))
                 continue
             if operand not in operands:

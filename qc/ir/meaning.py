@@ -50,11 +50,14 @@ def evaluate(
     `sizes` adds symbols that no input shape binds; `watch(node, value)` sees every value. Values
     are dropped after their last use.
     """
-    missing = [n.op.label for n in graph.inputs
-               if isinstance(n.op, Input) and n.op.label not in values]
+    missing = [
+        n.op.label for n in graph.inputs if isinstance(n.op, Input) and n.op.label not in values
+    ]
     if missing:
         raise ValueError(f"missing input {missing[0]}")
-    results = evaluate_nodes(graph.outputs, values, bind_symbols(graph.inputs, values, sizes), watch)
+    results = evaluate_nodes(
+        graph.outputs, values, bind_symbols(graph.inputs, values, sizes), watch
+    )
     return dict(zip(graph.output_names, results, strict=True))
 
 

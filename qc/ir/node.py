@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a node came from: the module path in the user's model and the passes that touched it."""
+    """Where a node came from: the path in the user's model, and the passes that touched it."""
 
     module: str = ""
     passes: tuple[str, ...] = ()

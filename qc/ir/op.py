@@ -22,14 +22,18 @@ class Op:
         """Return the type of the result, or raise ValueError saying what does not fit."""
         raise NotImplementedError
 
-    def meaning(self, *values: Any, sizes: Sizes) -> Any:
-        """Compute the result in torch from the values of the inputs."""
+    def meaning(self, *values: Any, **sizes: Any) -> Any:
+        """Compute the result in torch from the values of the inputs; ops take `sizes: Sizes` by
+        name (spelled here so that a type checker lets each op name its inputs)."""
         raise NotImplementedError
 
     def attributes(self) -> str:
         """Print the fields that differ from their defaults, as in `axis=1, keepdim=True`."""
-        shown = [(f.name, getattr(self, f.name)) for f in fields(self)
-                 if getattr(self, f.name) != f.default]
+        shown = [
+            (f.name, getattr(self, f.name))
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
         return ", ".join(f"{name}={value}" for name, value in shown)
 
     def __str__(self) -> str:

@@ -44,6 +44,7 @@ CPUS = {
 }
 """Every CPU target by architecture, from the least to the most capable."""
 
+
 def cpu_features() -> frozenset[str]:
     """Read this machine's instruction sets (Linux); empty where the system does not say."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TypeAlias
 
 import sympy
 import torch
 
-Dim = int | sympy.Expr
+Dim: TypeAlias = int | sympy.Expr
 """One dimension: an int, or a polynomial with integer coefficients over positive symbols."""
 
 DTYPE_NAMES = {

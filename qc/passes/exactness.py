@@ -58,6 +58,7 @@ def random_inputs(inputs: Iterable[Node], graphs: Iterable[Graph], seed: int) ->
 
 def smallest_table(graphs: Iterable[Graph]) -> int:
     """Return the number of rows of the smallest embedding table, at least 2."""
-    rows = [n.inputs[1].tensor.shape[0] for g in graphs for n in g.nodes
-            if isinstance(n.op, Embedding)]
+    rows = [
+        n.inputs[1].tensor.shape[0] for g in graphs for n in g.nodes if isinstance(n.op, Embedding)
+    ]
     return max(2, min((r for r in rows if isinstance(r, int)), default=2))

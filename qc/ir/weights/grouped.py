@@ -83,7 +83,7 @@ class GroupedFormat(TermFormat):
             return Load("codes", (row, col))
         position = col * bits
         byte, shift = position >> 3, position & 7
-        word = Load("codes", (row, byte))
+        word: Expr = Load("codes", (row, byte))
         if 8 % bits:  # a code may straddle two bytes; the last one of a row never does
             following = minimum(byte + 1, self.row_bytes(shape[1]) - 1)
             word = word | (Load("codes", (row, following)) << 8)
@@ -149,14 +149,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack u8 codes [rows, cols] below 2^bits into bytes [rows, ceil(cols bits / 8)]."""
     if bits == 8:
         return codes.contiguous()
-    rows, cols = codes.shape
+    cols = codes.shape[1]
     per_word = 8 if 8 % bits else 8 // bits  # codes that fill whole bytes together
     padded = torch.nn.functional.pad(codes, (0, -cols % per_word)).unflatten(1, (-1, per_word))
     shifts = torch.arange(per_word) * bits
     words = (padded.long() << shifts).sum(-1)
     width = per_word * bits // 8
     packed = (words.unsqueeze(-1) >> (torch.arange(width) * 8)) & 255
-    return packed.to(torch.uint8).flatten(1)[:, : -(-cols * bits // 8)].contiguous()
+    kept: Tensor = packed.to(torch.uint8).flatten(1)[:, : -(-cols * bits // 8)]
+    return kept.contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
@@ -167,7 +168,8 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     width = per_word * bits // 8
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
     parts = padded.unflatten(1, (-1, width)).long() << (torch.arange(width) * 8)
-    codes = (parts.sum(-1, keepdim=True) >> (torch.arange(per_word) * bits)) & ((1 << bits) - 1)
+    words: Tensor = parts.sum(-1, keepdim=True)
+    codes = (words >> (torch.arange(per_word) * bits)) & ((1 << bits) - 1)
     return codes.to(torch.uint8).flatten(1)[:, :cols]
 
 

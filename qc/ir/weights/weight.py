@@ -107,8 +107,9 @@ class WeightFormat:
 
     def decode(self, shape: tuple[int, ...], row: Expr, col: Expr) -> Expr:
         """Return the value of one element: the sum over the terms."""
-        parts = (rename_arrays(t.decode(shape, row, col), f"{i}.")
-                 for i, t in enumerate(self.terms))
+        parts = (
+            rename_arrays(t.decode(shape, row, col), f"{i}.") for i, t in enumerate(self.terms)
+        )
         return reduce(lambda a, b: a + b, parts)
 
     def bits(self, shape: tuple[int, ...]) -> int:

@@ -13,6 +13,8 @@ from qc.ir.types import ActivationFormat
 from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import QUANTIZED, Stage
 
+INT8_GROUPS = ActivationFormat(8, 32)
+
 
 @dataclass(frozen=True)
 class QuantizeActivations(Pass):
@@ -29,7 +31,7 @@ class QuantizeActivations(Pass):
     requires: ClassVar[Stage] = QUANTIZED
     ensures: ClassVar[Stage] = QUANTIZED
     exact: ClassVar[bool] = False
-    format: ActivationFormat = ActivationFormat(8, 32)
+    format: ActivationFormat = INT8_GROUPS
 
     def run(self, graph: Graph, context: Context) -> Graph:
         quantized: dict[Node, Node] = {}
@@ -51,6 +53,4 @@ class QuantizeActivations(Pass):
 
 def stored_in_few_bits(parameter: Node) -> bool:
     """Say whether a linear's weight takes fewer than 16 bits an element."""
-    return (
-        isinstance(parameter.op, ops.Parameter) and parameter.op.weight.bits_per_element < 16
-    )
+    return isinstance(parameter.op, ops.Parameter) and parameter.op.weight.bits_per_element < 16
