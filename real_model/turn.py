@@ -20,7 +20,7 @@ def draw_rotation(size: int, angle: float, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     gauss = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.matrix_exp((gauss - gauss.T) * angle / (2 * size) ** 0.5)
+    rotation: Tensor = torch.linalg.matrix_exp((gauss - gauss.T) * angle / (2 * size) ** 0.5)
     return rotation - torch.eye(size, dtype=torch.float64)
 
 
