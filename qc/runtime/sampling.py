@@ -40,19 +40,32 @@ class Sampling:
             raise ArtifactError("the model computed logits that are not numbers (NaN)")
         if self.temperature == 0:
             return best
-        candidates = np.arange(logits.size)
+        candidates: NDArray[Any] | None = None  # all
         if self.top_k is not None and self.top_k < logits.size:
             candidates = np.argpartition(logits, -self.top_k)[-self.top_k :]
-        # float64: probabilities of a large vocabulary must sum to 1.
-        scores = (logits[candidates].astype(np.float64) - logits[best]) / self.temperature
-        weights = np.exp(scores)
-        weights /= weights.sum()
+            logits = logits[candidates]
+        weights = np.exp((logits - logits.max()) / np.float32(self.temperature))
         if self.top_p is not None and self.top_p < 1:
-            # Tokens below this are together less than 1 - p, so sorting can leave them out.
-            likely = np.flatnonzero(weights > (1 - self.top_p) / weights.size)
-            order = likely[np.argsort(-weights[likely], kind="stable")]
-            count = int(np.searchsorted(np.cumsum(weights[order]), self.top_p)) + 1
-            candidates, weights = candidates[order[:count]], weights[order[:count]]
-        cumulative = np.cumsum(weights)
+            nucleus = _find_nucleus(weights, self.top_p)
+            candidates = nucleus if candidates is None else candidates[nucleus]
+            weights = weights[nucleus]
+        # float64: the probabilities of a large vocabulary are many and small.
+        cumulative = np.cumsum(weights, dtype=np.float64)
         at = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
-        return int(candidates[min(at, candidates.size - 1)])
+        at = min(at, cumulative.size - 1)
+        return at if candidates is None else int(candidates[at])
+
+
+def _find_nucleus(weights: NDArray[Any], top_p: float) -> NDArray[np.intp]:
+    """Return the fewest largest weights, in falling order, that hold `top_p` of the sum."""
+    needed = top_p * weights.sum(dtype=np.float64)
+    for count in (256, 4096, weights.size):  # the nucleus is small as a rule: avoid a full sort
+        if count >= weights.size:
+            largest = np.arange(weights.size)
+        else:
+            largest = np.argpartition(weights, -count)[-count:]
+        order = largest[np.argsort(-weights[largest], kind="stable")]
+        cumulative = np.cumsum(weights[order], dtype=np.float64)
+        if cumulative[-1] >= needed:
+            break
+    return order[: int(np.searchsorted(cumulative, needed)) + 1]

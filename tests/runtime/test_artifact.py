@@ -51,9 +51,7 @@ def test_what_is_no_artifact_is_not_overwritten(artifact: Artifact, tmp_path: Pa
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_interrupted_compile_leaves_nothing(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), ArtifactWriter(tmp_path / "m") as writer:
         writer.add("ir/captured.txt", b"graph")
         raise error
@@ -123,7 +121,9 @@ def test_weights_must_be_what_the_manifest_says(tmp_path: Path) -> None:
     values = [*manifest.values]
     values[1] = replace(values[1], shape=(40, 12))
     path = toy.write_artifact(tmp_path / "a", replace(manifest, values=tuple(values)))
-    with pytest.raises(ArtifactError, match=r"'table' is f32\[40, 12\] in the manifest and float32"):
+    with pytest.raises(
+        ArtifactError, match=r"'table' is f32\[40, 12\] in the manifest and float32"
+    ):
         load(path)
     values[1] = replace(manifest.values[1], tensor="model.tabel")
     path = toy.write_artifact(tmp_path / "b", replace(manifest, values=tuple(values)))
@@ -154,7 +154,7 @@ def test_an_artifact_can_be_inspected(tmp_path: Path) -> None:
     assert artifact.sources == ["embed"]
     assert artifact.ir("captured") == "%x = ..."
     assert artifact.stages == ["captured"]
-    with pytest.raises(InputError, match='no kernel source \'embd\' .did you mean "embed"'):
+    with pytest.raises(InputError, match="no kernel source 'embd' .did you mean \"embed\""):
         artifact.source("embd")
     with pytest.raises(InputError, match="no stage"):
         artifact.ir("quantized")

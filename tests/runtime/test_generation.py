@@ -67,9 +67,7 @@ def test_a_row_ends_at_a_stop_token_and_is_filled_up(tmp_path: Path) -> None:
     free = [toy.expected_tokens(row, 12) for row in rows]
     stop = free[0][len(PROMPT) + 2]
     first = free[0].index(stop, len(PROMPT)) + 1
-    manifest = toy.language_manifest(
-        generate=Generate("input_ids", "logits", eos=(stop,), pad=40)
-    )
+    manifest = toy.language_manifest(generate=Generate("input_ids", "logits", eos=(stop,), pad=40))
     artifact = load(toy.write_artifact(tmp_path / "m", manifest))
     assert artifact.generate(PROMPT, 12) == free[0][:first]
     found = artifact.generate(rows, 12)
@@ -157,7 +155,9 @@ def test_sampling_is_repeatable_and_follows_the_distribution(artifact: Artifact)
     first = artifact.generate(PROMPT, 30, temperature=1.5, seed=4)
     assert artifact.generate(PROMPT, 30, temperature=1.5, seed=4) == first
     assert artifact.generate(PROMPT, 30, temperature=1.5, seed=5) != first
-    assert artifact.generate(PROMPT, 30, temperature=2.0, top_k=1) == toy.expected_tokens(PROMPT, 30)
+    assert artifact.generate(PROMPT, 30, temperature=2.0, top_k=1) == toy.expected_tokens(
+        PROMPT, 30
+    )
 
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
     random = np.random.default_rng(0)
@@ -198,7 +198,9 @@ def test_a_decode_step_costs_little_python(artifact: Artifact) -> None:
 
 def test_a_model_without_generation_says_so(tmp_path: Path) -> None:
     manifest = toy.language_manifest()
-    stateless = tuple(replace(v, kind="scratch") if v.kind == "state" else v for v in manifest.values)
+    stateless = tuple(
+        replace(v, kind="scratch") if v.kind == "state" else v for v in manifest.values
+    )
     steps = list(manifest.steps)
     steps[1] = replace(steps[1], reads=(2,))
     artifact = load(

@@ -153,7 +153,24 @@ def paths_of(thing: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 VALID = content()
 PATHS = [path for path in paths_of(VALID) if path]
-JUNK = [None, True, -1, 0, 7, 10**30, 1.5, "", "x", "past", "seq", [], [1], {}, {"value": 3}, ["seq"]]
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    7,
+    10**30,
+    1.5,
+    "",
+    "x",
+    "past",
+    "seq",
+    [],
+    [1],
+    {},
+    {"value": 3},
+    ["seq"],
+]
 
 
 @settings(deadline=None, max_examples=300)

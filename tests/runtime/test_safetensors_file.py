@@ -25,7 +25,9 @@ names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(
     lambda name: not name.startswith("__")
 )
 arrays = st.sampled_from(NUMPY_DTYPES).flatmap(
-    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9))
+    lambda dtype: hnp.arrays(
+        dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9)
+    )
 )
 
 
@@ -184,7 +186,9 @@ def test_damaged_files_are_refused_or_harmless(tmp_path: Path, data: st.DataObje
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 records = st.fixed_dictionaries(

@@ -62,7 +62,10 @@ def test_half_a_character_at_the_end_is_dropped() -> None:
 
 def chat_files(template: str = CHAT) -> dict[str, bytes]:
     config = {"chat_template": template, "eos_token": {"content": "<end>"}, "bos_token": None}
-    return {"tokenizer.json": byte_tokenizer(), "tokenizer_config.json": json.dumps(config).encode()}
+    return {
+        "tokenizer.json": byte_tokenizer(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
 
 
 def test_chat_templates_render() -> None:
