@@ -1,0 +1,157 @@
+"""The stream: how grouped codes lie in memory for the x86 kernels.
+
+Outputs go in blocks of 16, each block one contiguous stream of its groups, so that a matrix-vector
+product reads memory strictly forward. The same bytes serve vectors of 16, 32 and 64 bytes.
+
+    group    16 float16 scales, 16 offsets (float16 minima or u8 zeros; none where symmetric), then
+             one step for every 32 inputs
+    step     the codes' bits in pieces of 4, 2 or 1 bits (8 for int8), low bits first; a piece of b
+             bits takes b vectors of 64 bytes
+    vector   16 outputs x 4 inputs (a "quad"), as multiply-add instructions on bytes want them; of
+             quads 0, 1, ... of a piece the first is in the lowest b bits of every byte
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from qc.ir.weights.grouped import GroupedFormat, unpack_codes
+from qc.ir.weights.weight import Weight, WeightFormat
+
+BLOCK = 16
+STEP = 32
+QUADS = STEP // 4
+ROWS_AT_ONCE = 4096  # unpacked codes take a byte each: bounds what repacking needs
+
+PIECES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+"""Widths of the pieces of a code, from its low bits."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bits `shift` to `shift + width` of the codes; its vectors start at byte `start` of a step."""
+
+    width: int
+    shift: int
+
+    @property
+    def start(self) -> int:
+        return 4 * BLOCK * self.shift
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The layout of a weight [outer, inner] in a grouped format."""
+
+    format: GroupedFormat
+    outer: int
+    inner: int
+
+    @property
+    def group(self) -> int:
+        """Inputs of a full group."""
+        return self.format.group_size(self.inner)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.outer // BLOCK)
+
+    @property
+    def step_bytes(self) -> int:
+        return STEP * BLOCK * self.format.bits_per_code // 8
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the scales and offsets of one group."""
+        return BLOCK * {"symmetric": 2, "zero": 3, "minimum": 4}[self.format.offset]
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a full group."""
+        return self.head_bytes + self.group // STEP * self.step_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the stream of one block."""
+        heads = self.format.groups(self.inner) * self.head_bytes
+        return heads + self.inner // STEP * self.step_bytes
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """How codes are split."""
+        found, shift = [], 0
+        for width in PIECES[self.format.bits_per_code]:
+            found.append(Piece(width, shift))
+            shift += width
+        return tuple(found)
+
+    def repack(self, weight: Weight) -> dict[str, Tensor]:
+        """Return the stream u8[blocks, block_bytes] of a weight in this format."""
+        arrays = weight.arrays()
+        result = torch.empty(self.blocks, self.block_bytes, dtype=torch.uint8)
+        for start in range(0, self.outer, ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            codes = unpacked(arrays["0.codes"][rows], self.format.bits_per_code, self.inner)
+            heads = [self.packed_head(arrays["0.scale"][rows])]
+            if self.format.offset != "symmetric":
+                heads.append(self.packed_head(arrays[f"0.{self.format.offset}"][rows]))
+            parts = self.interleaved(torch.cat(heads, -1), self.packed_codes(codes))
+            packed = torch.cat(list(parts), 1)
+            result[start // BLOCK : start // BLOCK + len(packed)] = packed
+        return {"stream": result}
+
+    def packed_head(self, per_group: Tensor) -> Tensor:
+        """Return the bytes u8[blocks, groups, n] of scales or offsets [rows, groups]."""
+        blocks = in_blocks(per_group).transpose(1, 2).contiguous()
+        return blocks.view(torch.uint8)
+
+    def packed_codes(self, codes: Tensor) -> Tensor:
+        """Return the bytes u8[blocks, steps, step_bytes] of codes u8[rows, inner]."""
+        quads = in_blocks(codes).unflatten(2, (-1, QUADS, 4)).permute(0, 2, 3, 1, 4).flatten(3)
+        packed = []
+        for piece in self.pieces:
+            bits = (quads >> piece.shift) & ((1 << piece.width) - 1)
+            together = bits.unflatten(2, (piece.width, -1))
+            vectors = together[:, :, :, 0]
+            for place in range(1, 8 // piece.width):
+                vectors = vectors | (together[:, :, :, place] << (place * piece.width))
+            packed.append(vectors.flatten(2))
+        return torch.cat(packed, -1)
+
+    def interleaved(self, heads: Tensor, steps: Tensor) -> Iterator[Tensor]:
+        """Put each group's head before its steps; the last group may be shorter."""
+        full, each = self.inner // self.group, self.group // STEP
+        together = steps[:, : full * each].unflatten(1, (full, each)).flatten(2)
+        yield torch.cat([heads[:, :full], together], -1).flatten(1)
+        if self.inner % self.group:
+            yield heads[:, full]
+            yield steps[:, full * each :].flatten(1)
+
+
+def stream_of(format: WeightFormat, outer: int, inner: int) -> Stream | None:
+    """Return the layout of a weight that is one grouped term in steps of 32; None otherwise."""
+    match format.terms:
+        case (GroupedFormat() as grouped,):
+            stream = Stream(grouped, outer, inner)
+            return stream if inner % STEP == 0 and stream.group % STEP == 0 else None
+    return None
+
+
+def in_blocks(rows: Tensor) -> Tensor:
+    """View [rows, n] as [blocks, 16, n], zero-padded."""
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % BLOCK))
+    return padded.unflatten(0, (-1, BLOCK))
+
+
+def unpacked(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """Return codes u8[rows, cols]; faster than the general way where no code straddles bytes."""
+    if 8 % bits:
+        return unpack_codes(packed, bits, cols)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(1)[:, :cols]
