@@ -11,7 +11,7 @@ import os
 import shutil
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from qc.runtime.machine import check_machine
 from qc.runtime.manifest import (
     LIBRARY,
     MANIFEST,
+    NATIVE,
     WEIGHTS,
     KernelStep,
     Manifest,
@@ -59,6 +60,14 @@ def load(
     ArtifactError for a folder that is missing, corrupt, of another format, or for another machine.
     """
     folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest.executor != NATIVE:
+        raise ArtifactError(f"{folder} runs on {manifest.executor}: load it with qc.load")
+    return open_artifact(folder, manifest, _native_program, verify=verify, temporary=temporary)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an artifact that this machine can run. Raises ArtifactError."""
     try:
         raw = (folder / MANIFEST).read_bytes()
     except OSError as error:
@@ -68,16 +77,33 @@ def load(
         raise ArtifactError(f"{folder} {what}") from None
     manifest = Manifest.parse(raw)
     check_machine(manifest.target)
+    return manifest
+
+
+def open_artifact(
+    folder: Path,
+    manifest: Manifest,
+    open_program: Callable[[Path, Manifest], Program],
+    *,
+    verify: bool = False,
+    temporary: bool = False,
+) -> Artifact:
+    """Check the files of an artifact and open its program; see `load`."""
     _check_files(folder, manifest, verify)
+    artifact = Artifact(folder, open_program(folder, manifest))
+    if temporary:
+        weakref.finalize(artifact, shutil.rmtree, folder.absolute(), ignore_errors=True)
+    return artifact
+
+
+def _native_program(folder: Path, manifest: Manifest) -> Program:
+    """Open the library and map the weights."""
     has_kernels = any(isinstance(step, KernelStep) for step in manifest.steps)
     library = (
         Library.open(folder / LIBRARY, manifest.files[LIBRARY].sha256) if has_kernels else None
     )
     weights = SafetensorsFile(folder / WEIGHTS) if WEIGHTS in manifest.files else {}
-    artifact = Artifact(folder, Program(manifest, weights, library))
-    if temporary:
-        weakref.finalize(artifact, shutil.rmtree, folder.absolute(), ignore_errors=True)
-    return artifact
+    return Program(manifest, weights, library)
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
@@ -178,7 +204,7 @@ class Artifact:
         try:
             executor = self._idle.pop()  # atomic, like append below
         except IndexError:
-            executor = Executor(self._program)
+            executor = self._program.executor()
         try:
             yield executor
         finally:
@@ -188,7 +214,7 @@ class Artifact:
 
     def session(self, batch: int = 1) -> Session:
         """Start an empty session: `prefill` tokens, then `step` one by one."""
-        return Session(Executor(self._program), batch)
+        return Session(self._program.executor(), batch)
 
     def set_threads(self, count: int | None = None) -> int:
         """Run on `count` threads, or one for each CPU of this process; return how many that is."""

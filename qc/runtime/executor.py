@@ -91,6 +91,10 @@ class Program:
         self.has_state = any(value.kind == "state" for value in manifest.values)
         self._listings: dict[tuple[bool, ...], Listing] = {}
 
+    def executor(self) -> Executor:
+        """Return a new executor of this program, with no tokens in its state."""
+        return Executor(self)
+
     def listing(self, sizes: Mapping[str, int]) -> Listing:
         """Return the steps that belong to a call of these sizes."""
         chosen = tuple(

@@ -24,6 +24,8 @@ __all__ = [
     "FORMAT",
     "LIBRARY",
     "MANIFEST",
+    "NATIVE",
+    "TORCH",
     "WEIGHTS",
     "Dim",
     "FileEntry",
@@ -41,6 +43,8 @@ __all__ = [
 
 FORMAT = 1
 """Raised by every change that an older reader would misread."""
+
+EXECUTORS = NATIVE, TORCH = "native", "torch"
 
 MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "model.so"
 
@@ -190,6 +194,8 @@ class Manifest:
     report: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: bool = False
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    executor: str = NATIVE
+    """Who runs it: "native" walks `steps`; "torch" has none and evaluates graph.json."""
 
     @classmethod
     def parse(cls, raw: bytes) -> Manifest:
@@ -200,7 +206,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Write manifest.json, after checking that `parse` reads it back as it is."""
-        content = {"qc": FORMAT, "executor": "native"} | _plain(self)
+        content = {"qc": FORMAT, "executor": NATIVE} | _plain(self)
         raw = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
         _read_manifest(parse_object(raw, MANIFEST))
         return raw
@@ -317,8 +323,9 @@ def _read_manifest(content: dict[str, Any]) -> Manifest:
             "update qc, or compile the model again"
         )
     executor = top.text("executor")
-    if executor != "native":
-        raise ArtifactError(f'the artifact needs the executor {executor!r}; this qc has "native"')
+    if executor not in EXECUTORS:
+        known = ", ".join(EXECUTORS)
+        raise ArtifactError(f"the artifact needs the executor {executor!r}; this qc has {known}")
 
     context = top.integer("context_length", 1, _MOST_CONTEXT) if top.has("context_length") else None
     symbols = _read_symbols(top)
@@ -345,6 +352,7 @@ def _read_manifest(content: dict[str, Any]) -> Manifest:
         if top.has("tokenizer")
         else False,
         files=_read_files(top) if top.has("files") else {},
+        executor=executor,
     )
     top.done()
     _check_whole(manifest)
@@ -661,8 +669,10 @@ def _check_whole(manifest: Manifest) -> None:
                     f"{MANIFEST}: value {value.name!r} is read before any step writes it"
                 )
         written.update(step.writes)
+    if manifest.executor == TORCH and manifest.steps:
+        raise ArtifactError(f"{MANIFEST}: the torch executor takes no steps")
     for index, value in enumerate(manifest.values):
-        if value.kind == "output" and index not in written:
+        if manifest.executor == NATIVE and value.kind == "output" and index not in written:
             raise ArtifactError(f"{MANIFEST}: no step writes the output {value.name!r}")
     given = {
         parse_expression(dim).text

@@ -11,7 +11,7 @@ import pytest
 
 from qc.errors import ArtifactError, ContextLengthError, InputError, UnsupportedError
 from qc.runtime import Artifact, load
-from qc.runtime.manifest import Generate
+from qc.runtime.manifest import Generate, KernelStep, ValueArg
 from qc.runtime.sampling import Sampling
 from tests.runtime import toy
 
@@ -103,14 +103,14 @@ def test_the_state_keeps_its_content_when_it_grows(artifact: Artifact) -> None:
         capacities.add(session.capacity)
     assert sorted(capacities) == [64, 128, 256, 320]
     np.testing.assert_allclose(logits[0], toy.expected_logits(ids)[-1], rtol=1e-3, atol=1e-4)
-    with pytest.raises(ContextLengthError, match="token 301 is one too many.* holds 300"):
+    with pytest.raises(ContextLengthError, match=r"token 301 is one too many.* holds 300"):
         session.step(1)
 
 
 def test_too_many_tokens_are_refused_before_work(artifact: Artifact) -> None:
-    with pytest.raises(ContextLengthError, match="8 tokens of prompt and 293 new .* holds 300"):
+    with pytest.raises(ContextLengthError, match=r"8 tokens of prompt and 293 new .* holds 300"):
         artifact.generate(PROMPT, 293)
-    with pytest.raises(ContextLengthError, match="8 tokens of prompt and 293 new .* holds 300"):
+    with pytest.raises(ContextLengthError, match=r"8 tokens of prompt and 293 new .* holds 300"):
         artifact.stream(PROMPT, 293)
     with pytest.raises(ContextLengthError, match=r"301 tokens .* holds 300"):
         artifact([1] * 301)
@@ -141,7 +141,7 @@ def test_bad_ids_get_one_clear_sentence(artifact: Artifact, ids: object, message
 
 
 def test_inputs_are_matched_by_name(artifact: Artifact) -> None:
-    with pytest.raises(InputError, match="'input_id' is unknown.*did you mean \"input_ids\""):
+    with pytest.raises(InputError, match=r"'input_id' is unknown.*did you mean \"input_ids\""):
         artifact(input_id=[1])
     with pytest.raises(InputError, match="'input_ids' is missing"):
         artifact()
@@ -211,6 +211,27 @@ def test_a_model_without_generation_says_so(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedError, match="does not generate"):
         artifact.generate([1])
+
+
+def test_steps_may_depend_on_sizes_and_pointers_on_the_past(tmp_path: Path) -> None:
+    """One token is put into the state by a kernel that is given the place; more by `append`."""
+    manifest = toy.language_manifest()
+    embed, append, mix, head = manifest.steps
+    assert isinstance(append, KernelStep)
+    place = ValueArg(3, (toy.WIDTH,), f"past * {toy.WIDTH}")
+    one = KernelStep("copy_row", (ValueArg(2), place), (2, 3), (3,), when={"seq": (1, 1)})
+    more = replace(append, when={"seq": (2, None)})
+    changed = replace(manifest, steps=(embed, one, more, mix, head))
+    artifact = load(toy.write_artifact(tmp_path / "m", changed))
+    assert artifact.generate(PROMPT, 90) == toy.expected_tokens(PROMPT, 90)
+    decode = {row.kernel for row in artifact.profile(PROMPT).rows if row.phase == "decode"}
+    assert decode == {"embed", "copy_row", "mix", "head"}
+    assert "# toy.append; if seq in 2.." in artifact.plan
+
+    outside = replace(place, offset=f"(past + 64) * {toy.WIDTH}")
+    broken = replace(manifest, steps=(embed, replace(one, args=(ValueArg(2), outside)), mix, head))
+    with pytest.raises(ArtifactError, match=r"the offset .* is 768, room is for 756"):
+        load(toy.write_artifact(tmp_path / "n", broken)).session().prefill([1])
 
 
 def test_nothing_large_is_imported() -> None:

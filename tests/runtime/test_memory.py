@@ -46,9 +46,9 @@ def test_arrays_are_aligned_and_bounded() -> None:
         array = aligned_bytes(size)
         assert array.size == size
         assert array.ctypes.data % 64 == 0
-    with pytest.raises(ArtifactError, match="would need .* GiB"):
+    with pytest.raises(ArtifactError, match=r"would need .* GiB"):
         aligned_bytes(2**50)
-    with pytest.raises(ArtifactError, match="would need .* GiB"):
+    with pytest.raises(ArtifactError, match=r"would need .* GiB"):
         StateMemory([(DTYPES["f32"], (2**50,))])
 
 

@@ -44,8 +44,10 @@ def compile_library(*sources: Path) -> Path:
     """Link C or object files with qcrt.c as a backend does."""
     path = Path(mkdtemp(prefix="qc-toy-")) / LIBRARY
     subprocess.run(
-        ["cc", "-std=c11", "-Wall", "-Werror", "-O2", "-shared", "-fPIC", f"-I{NATIVE}"]
-        + [*map(str, sources), str(NATIVE / "qcrt.c"), "-o", str(path), "-lpthread", "-lm"],
+        [
+            *("cc", "-std=c11", "-Wall", "-Werror", "-O2", "-shared", "-fPIC", f"-I{NATIVE}"),
+            *(*map(str, sources), str(NATIVE / "qcrt.c"), "-o", str(path), "-lpthread", "-lm"),
+        ],
         check=True,
     )
     return path
