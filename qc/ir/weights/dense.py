@@ -53,6 +53,12 @@ class Dense(Term):
     def stacked(self, others: Sequence[Term]) -> Dense:
         return Dense(torch.cat([self.values, *(o.arrays()["values"] for o in others)]))
 
+    def rows(self, index: Tensor) -> Dense:
+        first, last = int(index[0]), int(index[-1])
+        if torch.equal(index, torch.arange(first, last + 1)):
+            return Dense(self.values[first : last + 1])  # a view: the file stays mapped
+        return Dense(self.values[index])
+
     def dense(self) -> Tensor:
         return self.values
 

@@ -77,6 +77,10 @@ class Term(ABC):
     def stacked(self, others: Sequence[Term]) -> Term:
         """Return one term whose rows are those of this term, then of `others` (same format)."""
 
+    def rows(self, index: Tensor) -> Term | None:
+        """Return the term of these rows alone; None where the format cannot take rows apart."""
+        return None
+
     @property
     def bits(self) -> int:
         """The stored bits, metadata included."""
@@ -149,6 +153,13 @@ class Weight:
         """Decode to a tensor of the logical dtype."""
         total = reduce(torch.add, (term.dense() for term in self.terms))
         return total.to(self.dtype)
+
+    def rows(self, index: Tensor, name: str) -> Weight | None:
+        """Return a weight of these rows alone, called `name`; None where a term cannot."""
+        terms = [term.rows(index) for term in self.terms]
+        known = tuple(term for term in terms if term is not None)
+        shape = (len(index), *self.shape[1:])
+        return Weight(name, shape, known, self.dtype) if len(known) == len(terms) else None
 
     def arrays(self) -> dict[str, Tensor]:
         """Return all stored arrays as "term.array"."""
