@@ -144,3 +144,33 @@ def reshaped(node: Node, shape: tuple[Dim, ...]) -> Node:
     while isinstance(node.op, ops.Reshape):
         node = node.inputs[0]
     return node if node.tensor.shape == shape else make(ops.Reshape(shape), node)
+
+
+def permuted(node: Node, order: tuple[int, ...]) -> Node:
+    """Return `node` with its axes in another order, without permutes behind each other."""
+    if isinstance(node.op, ops.Permute):
+        inner = node.op.order
+        node, order = node.inputs[0], tuple(inner[i] for i in order)
+    return node if order == tuple(range(len(order))) else make(ops.Permute(order), node)
+
+
+def span_of(node: Node) -> tuple[Node, Dim, Dim]:
+    """Return the value whose last axis `node` is a run of, and where that starts and stops."""
+    op, last = node.op, node.tensor.rank - 1
+    if isinstance(op, ops.Slice) and op.axis == last and op.step == 1:
+        return node.inputs[0], op.start, op.stop
+    return node, 0, node.tensor.shape[last]
+
+
+def joined(first: Node, second: Node) -> tuple[Node, Dim, Dim] | None:
+    """Return the run that two runs make up together; None where they do not."""
+    (x, start, middle), (y, behind, stop) = span_of(first), span_of(second)
+    return (x, start, stop) if x is y and middle == behind else None
+
+
+def run_of(x: Node, start: Dim, stop: Dim) -> Node:
+    """Return a run of the last axis of `x`; `x` itself where that is all of it."""
+    last = x.tensor.rank - 1
+    if start == 0 and stop == x.tensor.shape[last]:
+        return x
+    return make(ops.Slice(last, start, stop), x)

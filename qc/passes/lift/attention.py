@@ -10,7 +10,7 @@ from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import rewrite
 from qc.ir.types import broadcast_shapes
-from qc.passes.lift.algebra import either_order, factors, scalar_of, unary
+from qc.passes.lift.algebra import either_order, factors, permuted, scalar_of, unary
 from qc.passes.lift.rope import SWAP_HEADS_AND_POSITIONS
 from qc.passes.pipeline import Context, Pass
 
@@ -56,11 +56,11 @@ def lift_attention(node: Node) -> Node | None:
     found = masked_scores(weights.inputs[0])
     if found is None or not fits(found, v):
         return None
-    q, v = (make(ops.Permute(SWAP_HEADS_AND_POSITIONS), x) for x in (found.query, v))
-    k = make(ops.Permute((0, 3, 1, 2)), found.keys)
+    q, v = (permuted(x, SWAP_HEADS_AND_POSITIONS) for x in (found.query, v))
+    k = permuted(found.keys, (0, 3, 1, 2))
     op = ops.Attention(found.scale, softcap=found.softcap)
     attention = make(op, q, k, v, *([] if found.mask is None else [found.mask]))
-    return make(ops.Permute(SWAP_HEADS_AND_POSITIONS), attention)
+    return permuted(attention, SWAP_HEADS_AND_POSITIONS)
 
 
 def fits(scores: Scores, v: Node) -> bool:
@@ -145,7 +145,7 @@ def unrepeated(node: Node) -> Node | None:
     """Return x [batch, total, kv_heads, dim] where `node` repeats each of its heads in place."""
     if isinstance(node.op, ops.Permute) and node.op.order == SWAP_HEADS_AND_POSITIONS:
         x = unrepeated_axis(node.inputs[0], 1)
-        return None if x is None else make(ops.Permute(SWAP_HEADS_AND_POSITIONS), x)
+        return None if x is None else permuted(x, SWAP_HEADS_AND_POSITIONS)
     return unrepeated_axis(node, 2)
 
 

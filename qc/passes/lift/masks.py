@@ -66,14 +66,13 @@ class LiftMasks(Pass):
             if key not in explained:
                 explained[key] = explain_mask(node, functions)
             pattern = explained[key]
-            merged = merge(node.op, pattern) if pattern is not None else None
-            return None if merged is None else make(merged, q, k, v)
+            return None if pattern is None else make(merge(node.op, pattern), q, k, v)
 
         return rewrite(graph, (lift_mask,), self.name)
 
 
-def merge(op: ops.Attention, pattern: Pattern) -> ops.Attention | None:
-    """Add a pattern to what an attention hides already; None where one op cannot say both."""
+def merge(op: ops.Attention, pattern: Pattern) -> ops.Attention:
+    """Add a pattern to what an attention hides already."""
     windows = [w for w in (op.window, pattern.window) if w is not None]
     causal = op.causal or pattern.causal
     return replace(op, causal=causal, window=min(windows, default=None))
@@ -104,8 +103,11 @@ def patterns_for(attention: Node) -> list[Pattern]:
     q, k, _, mask = attention.inputs
     if q.tensor.shape[1] != k.tensor.shape[1]:
         return [Pattern()]
-    windows = [Pattern(True, constant + more, constant)
-               for constant in sorted(constants_of(mask)) for more in (0, 1, -1)]
+    windows = [
+        Pattern(True, constant + more, constant)
+        for constant in sorted(constants_of(mask))
+        for more in (0, 1, -1)
+    ]
     return [Pattern(), Pattern(causal=True), *windows]
 
 

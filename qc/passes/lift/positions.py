@@ -22,10 +22,11 @@ class LiftPositions(Pass):
     """Replace integers that count along one axis by an Arange.
 
         cumsum(full[batch, seq](1)) - 1 + 2   -->  expand[batch, seq](arange(seq, start=2))
+        expand(table of zeros)[:seq]          -->  full[1, seq](0)
 
-    Whether integers count is decided by evaluating them at several sizes. Only the last integers
-    before something else reads them are looked at. Exact. Positions: Vaswani et al. 2017,
-    section 3.5.
+    Whether integers count, or are all the same, is decided by evaluating them at several sizes.
+    Only the last integers before something else reads them are looked at. Exact.
+    Positions: Vaswani et al. 2017, section 3.5.
     """
 
     name: ClassVar[str] = "lift positions"
@@ -57,23 +58,24 @@ def is_inner_reader(reader: Node, functions: SizeFunctions) -> bool:
 
 
 def explain_positions(node: Node, functions: SizeFunctions) -> Node | None:
-    """Return start + arange along one axis, broadcast to the type of `node`; None if it is not."""
+    """Return what a node counts, as Arange or Full in its type; None if it does neither."""
     axes = [i for i, d in enumerate(node.tensor.shape) if isinstance(d, sympy.Symbol)
             and d.name in functions.sequence]  # fmt: skip
     trials = functions.trials(node)
     if len(axes) != 1 or trials is None or node.tensor.dtype != torch.int64:
         return None
-    starts: set[int] = set()
-    for trial in trials:
-        value = functions.value(node, trial)
-        if value is None or not counts(value, axes[0]):
-            return None
-        if trial.replaced is None:
-            starts.add(int(value.flatten()[0]))
-    if len(starts) != 1:
+    values = [functions.value(node, trial) for trial in trials]
+    known = [value for value in values if value is not None]
+    true = [v for v, trial in zip(values, trials, strict=True) if trial.replaced is None]
+    if len(known) < len(values) or len({int(v.flatten()[0]) for v in true if v is not None}) != 1:
         return None
-    built = broadcast_arange(node, axes[0], starts.pop())
-    return None if is_same_tree(built, node) else built
+    first = int(known[0].flatten()[0])
+    if all(counts(value, axes[0]) for value in known):
+        built = broadcast_arange(node, axes[0], first)
+        return None if is_same_tree(built, node) else built
+    if all(bool((value == value.flatten()[0]).all()) for value in known):
+        return make(ops.Full(node.tensor.shape, first, torch.int64), origin=node.origin)
+    return None
 
 
 def counts(value: torch.Tensor, axis: int) -> bool:

@@ -9,7 +9,17 @@ from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import rewrite
-from qc.passes.lift.algebra import binary, either_order, reshaped, unary
+from qc.ir.types import Dim
+from qc.passes.lift.algebra import (
+    binary,
+    either_order,
+    joined,
+    permuted,
+    reshaped,
+    run_of,
+    span_of,
+    unary,
+)
 from qc.passes.pipeline import Context, Pass
 
 SWAP_HEADS_AND_POSITIONS = (0, 2, 1, 3)
@@ -52,11 +62,11 @@ def lift_rope_of_halves(node: Node) -> Node | None:
         return None
     for x1, cos in either_order(difference[0], "mul"):
         for x2, sin in either_order(difference[1], "mul"):
-            x = halved(x1, x2)
-            if x is not None and any(
+            found = halves(x1, x2)
+            if found is not None and any(
                 is_product(a, x2, cos) and is_product(b, x1, sin) for a, b in sums
             ):
-                return make_rope(x, doubled(cos), doubled(sin))
+                return make_rope(run_of(*found), doubled(cos), doubled(sin))
     return None
 
 
@@ -66,8 +76,8 @@ def lift_partial_rope(node: Node) -> Node | None:
         return None
     turned, kept = node.inputs
     if isinstance(turned.op, ops.Rope):
-        x = joined_again(turned.inputs[0], kept)
-        return None if x is None else make(turned.op, x, *turned.inputs[1:])
+        found = joined(turned.inputs[0], kept)
+        return None if found is None else make(turned.op, run_of(*found), *turned.inputs[1:])
     return None
 
 
@@ -76,7 +86,7 @@ def is_rotated_half(partner: Node, x: Node) -> bool:
     if not joins_last_axis(partner, 2):
         return False
     negated = unary(partner.inputs[0], "neg")
-    return negated is not None and halved(partner.inputs[1], negated) is x
+    return negated is not None and halves(partner.inputs[1], negated) == span_of(x)
 
 
 def joins_last_axis(node: Node, parts: int) -> bool:
@@ -86,27 +96,9 @@ def joins_last_axis(node: Node, parts: int) -> bool:
     return joins and len(node.inputs) == parts
 
 
-def halved(first: Node, second: Node) -> Node | None:
-    """Return the value whose halves these are, or None."""
-    return joined_again(first, second) if first.type == second.type else None
-
-
-def joined_again(first: Node, second: Node) -> Node | None:
-    """Return the value that two slices of the last axis make up together, or None."""
-    a, b = first.op, second.op
-    if not isinstance(a, ops.Slice) or not isinstance(b, ops.Slice):
-        return None
-    x = first.inputs[0]
-    last = x.tensor.rank - 1
-    fits = (
-        second.inputs[0] is x
-        and a.axis == b.axis == last
-        and a.step == b.step == 1
-        and a.start == 0
-        and a.stop == b.start
-        and b.stop == x.tensor.shape[last]
-    )
-    return x if fits else None
+def halves(first: Node, second: Node) -> tuple[Node, Dim, Dim] | None:
+    """Return the run whose halves these are, or None."""
+    return joined(first, second) if first.type == second.type else None
 
 
 def is_product(node: Node, a: Node, b: Node) -> bool:
@@ -133,8 +125,8 @@ def make_rope(x: Node, cos: Node, sin: Node) -> Node | None:
     if shape[1:3] == (a, 1):
         return make(ops.Rope(), x, *tables)
     if shape[1:3] == (1, b):
-        swap = ops.Permute(SWAP_HEADS_AND_POSITIONS)
-        return make(swap, make(ops.Rope(), make(swap, x), *tables))
+        heads_last = permuted(x, SWAP_HEADS_AND_POSITIONS)
+        return permuted(make(ops.Rope(), heads_last, *tables), SWAP_HEADS_AND_POSITIONS)
     return None
 
 

@@ -67,7 +67,7 @@ class SizeFunctions:
         """Return the trials that tell what `root` is; None where that would take large ones."""
         constants = constants_of(root)
         lengths = {*LENGTHS, *(2 * c + 3 for c in constants if STAND_IN < c <= SMALL)}
-        tables = {d for d in shape_constants(root) if d > SMALL}
+        tables = {d for d in shape_constants(root) if d > max(LENGTHS)}
         if any(d > LARGEST_TABLE for d in tables):
             return None
         symbols = symbols_of(root)
