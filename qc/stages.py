@@ -27,6 +27,7 @@ from qc.passes.lift import LIFT
 from qc.passes.pipeline import Context, Pipeline, Step
 from qc.passes.plan.fuse import Fuse
 from qc.passes.prepare import PREPARE
+from qc.passes.prepare.trailing_logits import TrailingLogits
 from qc.passes.recipes import RECIPES, Recipe
 from qc.report import compile_report
 
@@ -61,7 +62,7 @@ class CapturedModel:
         """
         passes = resolve_recipe(recipe)
         context = Context(Target("any", "any"), progress)
-        canonical = Pipeline((*PREPARE, *LIFT)).run(self.graph, context)
+        canonical = Pipeline((*PREPARE, *LIFT, TrailingLogits())).run(self.graph, context)
         return QuantizedModel(self, canonical, passes.run(canonical, context), context.log)
 
     def __str__(self) -> str:

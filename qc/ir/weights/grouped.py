@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 import torch
@@ -149,28 +150,45 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack u8 codes [rows, cols] below 2^bits into bytes [rows, ceil(cols bits / 8)]."""
     if bits == 8:
         return codes.contiguous()
-    cols = codes.shape[1]
-    per_word = 8 if 8 % bits else 8 // bits  # codes that fill whole bytes together
-    padded = torch.nn.functional.pad(codes, (0, -cols % per_word)).unflatten(1, (-1, per_word))
-    shifts = torch.arange(per_word) * bits
-    words = (padded.long() << shifts).sum(-1)
-    width = per_word * bits // 8
-    packed = (words.unsqueeze(-1) >> (torch.arange(width) * 8)) & 255
-    kept: Tensor = packed.to(torch.uint8).flatten(1)[:, : -(-cols * bits // 8)]
-    return kept.contiguous()
+    per_word, width = codes_per_word(bits)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word))
+    groups = padded.unflatten(1, (-1, per_word))
+    words = groups[..., 0].to(WORDS[width])
+    for position in range(1, per_word):
+        words |= groups[..., position].to(words.dtype) << (position * bits)
+    packed = words.unsqueeze(-1) if width == 1 else bytes_of(words, width)
+    return packed.flatten(1)[:, : -(-codes.shape[1] * bits // 8)].contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     """Invert `pack_codes`: u8 codes [rows, cols]."""
     if bits == 8:
         return packed
-    per_word = 8 if 8 % bits else 8 // bits
-    width = per_word * bits // 8
+    per_word, width = codes_per_word(bits)
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
-    parts = padded.unflatten(1, (-1, width)).long() << (torch.arange(width) * 8)
-    words: Tensor = parts.sum(-1, keepdim=True)
-    codes = (words >> (torch.arange(per_word) * bits)) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).flatten(1)[:, :cols]
+    parts = padded.unflatten(1, (-1, width))
+    words = parts[..., 0].to(WORDS[width])
+    for position in range(1, width):
+        words |= parts[..., position].to(words.dtype) << (position * 8)
+    mask = (1 << bits) - 1
+    codes = [(words >> (position * bits)) & mask for position in range(per_word)]
+    return torch.stack(codes, -1).to(torch.uint8).flatten(1)[:, :cols]
+
+
+WORDS = {1: torch.uint8, 3: torch.int32, 5: torch.int64, 6: torch.int64, 7: torch.int64}
+"""The integers that hold a word of so many bytes."""
+
+
+def codes_per_word(bits: int) -> tuple[int, int]:
+    """Return the smallest number of codes that fill whole bytes together, and those bytes."""
+    per_word = 8 // gcd(bits, 8)
+    return (8 // bits, 1) if 8 % bits == 0 else (per_word, per_word * bits // 8)
+
+
+def bytes_of(words: Tensor, width: int) -> Tensor:
+    """Split integers into their lowest `width` bytes, u8[..., width]."""
+    parts = [(words >> (8 * position)) & 255 for position in range(width)]
+    return torch.stack(parts, -1).to(torch.uint8)
 
 
 def encode_codes(
