@@ -74,7 +74,7 @@ def test_runtime_imports_where_nothing_of_the_compiler_is_installed() -> None:
 
 
 def test_blocking_blocks() -> None:
-    with pytest.raises(AssertionError, match="qc.runtime is blocked"):
+    with pytest.raises(AssertionError, match=r"qc\.runtime is blocked"):
         run_python(f"BLOCKED = ['qc.runtime']\n{BLOCK_IMPORTS}\n{IMPORT_ALL_OF_RUNTIME}")
 
 
