@@ -164,7 +164,7 @@ def test_sampling_is_repeatable_and_follows_the_distribution(artifact: Artifact)
 
     def shares(sampling: Sampling) -> list[float]:
         drawn = [sampling.choose(logits, random) for _ in range(4000)]
-        return (np.bincount(drawn, minlength=4) / 4000).tolist()
+        return [drawn.count(token) / 4000 for token in range(4)]
 
     assert shares(Sampling(1.0)) == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=0.03)
     assert shares(Sampling(1.0, top_k=2)) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)

@@ -221,7 +221,7 @@ def test_kernels_made_by_tvm_run(tmp_path: Path) -> None:
     tvm = pytest.importorskip("tvm")
     from tvm.script import tirx as T
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def blend(x_handle: T.handle, y_handle: T.handle, past: T.int64):  # type: ignore[no-untyped-def]
         T.func_attr({"global_symbol": "blend", "tirx.noalias": True})
         rows = T.int64()

@@ -48,7 +48,7 @@ def test_what_is_written_is_read(tmp_path: Path, tensors: dict[str, Any]) -> Non
 
 def test_the_safetensors_library_reads_our_files_and_we_read_its(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
-    tensors = {
+    tensors: dict[str, Any] = {
         "odd": np.arange(7, dtype=np.float32),
         "half": np.ones((3, 5), np.float16),
         "bytes": np.arange(33, dtype=np.uint8),

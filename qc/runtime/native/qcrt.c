@@ -209,7 +209,8 @@ static long qc_futex(atomic_uint *word, int operation, uint32_t value) {
   return syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, NULL, NULL, 0);
 }
 
-/* Wait for a launch after `seen`: spin for a while, then sleep. */
+/* Wait for a launch after `seen`: spin for a while, then sleep. The spinning yields, because on a
+ * busy machine both threads may be on one CPU, where the launch would wait for the end of the spin. */
 static void qc_await_launch(qc_pool *pool, uint32_t seen) {
   int64_t deadline = 0;
   for (;;) {
@@ -219,7 +220,10 @@ static void qc_await_launch(qc_pool *pool, uint32_t seen) {
     }
     int64_t now = qc_nanoseconds();
     if (!deadline) deadline = now + QC_SPIN_NANOSECONDS;
-    if (now < deadline) continue;
+    if (now < deadline) {
+      sched_yield(); /* the launching thread may be waiting for this very CPU */
+      continue;
+    }
     atomic_fetch_add_explicit(&pool->sleepers, 1, memory_order_seq_cst);
     /* The kernel compares again, under its own lock, so a launch from here on wakes us or is seen. */
     while (atomic_load_explicit(&pool->generation, memory_order_seq_cst) == seen)
