@@ -1,20 +1,45 @@
-"""Reading a stream in a kernel: codes as byte vectors, scales and offsets as floats."""
+"""Reading a stream in a kernel: codes as bytes or floats, scales and minima as floats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.layout import BLOCK, QUADS, Piece, Stream
+from qc.backends.tvm.linear.layout import BLOCK, QUADS, Stream
 from qc.backends.tvm.linear.vectors import halves_to_float, span, splat, typed
 from qc.ir.target import Target
 
-Load = Callable[[int], Any]
-"""Byte offset within a step -> vector of bytes."""
+
+@dataclass(frozen=True)
+class Part:
+    """Some bits of the codes of one quad: `width` bits from bit `low` of every byte of `chunk`,
+    which are the bits from `shift` on of the codes."""
+
+    chunk: Any
+    low: int
+    width: int
+    shift: int
+
+    def as_bytes(self, size: int) -> Any:
+        """Return the bits as `size` bytes, not yet shifted into place."""
+        value = self.chunk
+        if self.low:
+            value = T.shift_right(value, splat(T.uint8(self.low), size))
+        if self.low + self.width == 8:
+            return value
+        return T.bitwise_and(value, splat(T.uint8((1 << self.width) - 1), size))
+
+    def as_integers(self, byte: int, lanes: int) -> Any:
+        """Return the bits of the input number `byte` of the quad as int32, in place."""
+        value = T.reinterpret(typed("int32", lanes), self.chunk)
+        if 8 * byte + self.low:
+            value = T.shift_right(value, splat(T.int32(8 * byte + self.low), lanes))
+        value = T.bitwise_and(value, splat(T.int32((1 << self.width) - 1), lanes))
+        return T.shift_left(value, splat(T.int32(self.shift), lanes)) if self.shift else value
 
 
 @dataclass(frozen=True)
@@ -31,28 +56,36 @@ class StreamReader:
         """Load bytes of the stream."""
         return self.buffer[self.block, span(offset, count)]
 
-    def parts(self, offset: Any, first: int) -> list[list[tuple[Any, int]]]:
-        """Return, for each quad of the step at `offset`, parts of the codes of `lanes` outputs.
+    def head(self, group: Any) -> Any:
+        """Return where a group starts."""
+        return group * self.stream.group_bytes
 
-        A part is a vector of 4 `lanes` bytes and the shift that puts its bits in place.
-        """
-        width = 4 * self.lanes
-        found: list[list[tuple[Any, int]]] = [[] for _ in range(QUADS)]
+    def quads(self, offset: Any, first: int) -> list[list[Part]]:
+        """Load the codes of `lanes` outputs of the step at `offset`: the parts of each quad."""
+        found: list[list[Part]] = [[] for _ in range(QUADS)]
         for piece in self.stream.pieces:
+            places = 8 // piece.width
             for number in range(piece.width):
                 start = offset + (piece.start + 4 * BLOCK * number + 4 * first)
-                chunk = T.Bind(self.bytes_at(start, width))
-                for place in range(8 // piece.width):
-                    quad = number * (8 // piece.width) + place
-                    found[quad].append((extracted(chunk, piece, place, width), piece.shift))
+                chunk = T.Bind(self.bytes_at(start, 4 * self.lanes))
+                for place in range(places):
+                    part = Part(chunk, place * piece.width, piece.width, piece.shift)
+                    found[number * places + place].append(part)
         return found
+
+    def floats(self, offset: Any, first: int) -> Iterator[Any]:
+        """Yield the codes of `lanes` outputs as float32, for each input of the step at `offset`."""
+        for parts in self.quads(offset, first):
+            for byte in range(4):
+                code = reduce(T.bitwise_or, (p.as_integers(byte, self.lanes) for p in parts))
+                yield T.Cast(typed("float32", self.lanes), code)
 
     def scale(self, head: Any, first: int) -> Any:
         """Load the scales of `lanes` outputs of the group at `head`."""
         return T.Bind(self.halves(head, first))
 
     def minimum(self, head: Any, first: int, scale: Any) -> Any:
-        """Load what every weight of a group has beside code * scale."""
+        """Return what the weights of a group have beside code * scale."""
         offsets = head + 2 * BLOCK
         format = self.stream.format
         if format.offset == "minimum":
@@ -70,33 +103,21 @@ class StreamReader:
         return halves_to_float(bits, self.lanes, self.target)
 
 
-def extracted(chunk: Any, piece: Piece, place: int, width: int) -> Any:
-    """Return the bits of one quad of a piece."""
-    if piece.width == 8:
-        return chunk
-    value = chunk
-    if place:
-        value = T.shift_right(chunk, splat(T.uint8(place * piece.width), width))
-    if place == 8 // piece.width - 1:
-        return value
-    return T.bitwise_and(value, splat(T.uint8((1 << piece.width) - 1), width))
-
-
-def joined(parts: list[tuple[Any, int]], width: int) -> Any:
-    """Put the parts of codes together in one byte each."""
-    placed = [
-        T.shift_left(value, splat(T.uint8(shift), width)) if shift else value
-        for value, shift in parts
-    ]
+def joined(parts: Sequence[Part], size: int, shift: int = 0) -> Any:
+    """Put parts of codes together in one byte each; `shift` is the lowest bit that is kept."""
+    placed = []
+    for part in parts:
+        value = part.as_bytes(size)
+        left = splat(T.uint8(part.shift - shift), size)
+        placed.append(T.shift_left(value, left) if part.shift > shift else value)
     return T.Bind(reduce(T.bitwise_or, placed))
 
 
-def nibbles(parts: list[tuple[Any, int]], bits: int, width: int) -> list[Any]:
-    """Return the low four bits of codes and, where they are wider, the others."""
-    if bits == 8:
-        value = parts[0][0]
-        low = T.bitwise_and(value, splat(T.uint8(15), width))
-        return [T.Bind(low), T.Bind(T.shift_right(value, splat(T.uint8(4), width)))]
-    low = joined([part for part in parts if part[1] < 4], width)
-    high = [(value, shift - 4) for value, shift in parts if shift >= 4]
-    return [low, joined(high, width)] if high else [low]
+def nibbles(parts: Sequence[Part], size: int) -> list[Any]:
+    """Return the low four bits of codes and, where they are wider, the bits above them."""
+    if parts[0].width == 8:
+        chunk = parts[0].chunk
+        parts = [Part(chunk, 0, 4, 0), Part(chunk, 4, 4, 4)]
+    low = [part for part in parts if part.shift < 4]
+    high = [part for part in parts if part.shift >= 4]
+    return [joined(low, size), joined(high, size, shift=4)] if high else [joined(low, size)]

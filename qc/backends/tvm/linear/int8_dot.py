@@ -71,17 +71,10 @@ def int8_dot(region: Region) -> Kernel | None:
 
     def declare(signature: Signature) -> None:
         for node, stream in found.items():
-            declare_stream(signature, node, stream)
+            shape = (stream.blocks, stream.block_bytes)
+            signature.declare_weight(node, "stream", "uint8", shape, stream.repack)
 
     return build_kernel("int8_dot", linear, declare, emit)
-
-
-def declare_stream(signature: Signature, node: Node, stream: Stream) -> None:
-    """Declare the repacked weight of one linear."""
-    operand = signature.linear.operand(node.inputs[1])
-    if operand not in signature.repack:
-        signature.repack[operand] = stream.repack
-        signature.declare(operand, "stream", "uint8", (stream.blocks, stream.block_bytes))
 
 
 def emit_tile(
@@ -92,8 +85,7 @@ def emit_tile(
     lanes = float_lanes(target)
     sums: dict[Node, list[Any]] = {}
     for node, stream in streams.items():
-        buffer = signature.buffers[signature.linear.operand(node.inputs[1]), "stream"]
-        reader = StreamReader(stream, buffer, block, target, lanes)
+        reader = StreamReader(stream, signature.weight(node, "stream"), block, target, lanes)
         tile = Tile(signature, reader, row, height)
         sums[node] = [accumulator(lanes) for _ in range(height)]
         with T.serial(T.int64(0), T.int64(stream.inner // tile.unit)) as unit:
@@ -137,7 +129,7 @@ class Tile:
         """Add the products of one unit of inputs to the accumulators of all rows."""
         stream, lanes = self.reader.stream, self.reader.lanes
         units = stream.group // self.unit
-        head = T.Bind(T.floordiv(unit, T.int64(units)) * stream.group_bytes)
+        head = T.Bind(self.reader.head(T.floordiv(unit, T.int64(units))))
         skipped = T.floormod(unit, T.int64(units)) * (self.unit // STEP * stream.step_bytes)
         codes = T.Bind(head + stream.head_bytes + skipped)
         first_input = T.Bind(unit * self.unit)
@@ -199,13 +191,12 @@ class Tile:
 
     def emit_step(self, codes: Any, first_input: Any, first: int) -> list[Any]:
         """Return the sums of q a over 32 inputs."""
-        quads = self.reader.parts(codes, first)
-        bits = self.reader.stream.format.bits_per_code
+        quads = self.reader.quads(codes, first)
         if self.target.has("avx512_vnni"):
             zero = splat(T.int32(0), self.reader.lanes)
             whole = [[joined(parts, self.width)] for parts in quads]
             return self.accumulated(whole, first_input, self.chained, [zero])
-        halves = [nibbles(parts, bits, self.width) for parts in quads]
+        halves = [nibbles(parts, self.width) for parts in quads]
         weights = [1, 16][: len(halves[0])]
         return self.accumulated(halves, first_input, self.paired, weights)
 

@@ -82,6 +82,19 @@ class Signature:
             self.declare(operand, array, "float32", (size,), by_row)
         self.declare(RESULT, "values", "float32", (outer,), by_row=True)
 
+    def declare_weight(
+        self, node: Node, array: str, dtype: str, shape: Sequence[int], repack: Repack
+    ) -> None:
+        """Declare the repacked weight of a linear, once where two linears share it."""
+        operand = self.linear.operand(node.inputs[1])
+        if operand not in self.repack:
+            self.repack[operand] = repack
+            self.declare(operand, array, dtype, shape)
+
+    def weight(self, node: Node, array: str) -> Any:
+        """Return a buffer of the weight of a linear."""
+        return self.buffers[self.linear.operand(node.inputs[1]), array]
+
     def x(self, array: str = "values") -> Any:
         """Return one of the buffers of x."""
         return self.buffers[self.linear.operand(self.linear.x), array]
@@ -132,18 +145,26 @@ def for_each_block(signature: Signature, blocks: int, emit: Callable[[Any], None
         emit(block)
 
 
-def for_each_tile(signature: Signature, height: int, emit: Callable[[Any, int], None]) -> None:
+def for_each_tile(
+    signature: Signature,
+    height: int,
+    emit: Callable[[Any, int], None],
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
     """Emit `emit(row, height)` for tiles of rows, or `emit(row, 1)` where there are fewer.
 
-    The last tile is moved up to end at the last row: rows in the overlap are computed twice, to
-    the same values, so the result must not share memory with an operand.
+    `prepare()` is emitted in front of the tiles. The last tile is moved up to end at the last row:
+    rows in the overlap are computed twice, to the same values, so the result must not share memory
+    with an operand.
     """
     rows = signature.rows
     with T.If(rows < height):
         with T.Then(), T.serial(T.int64(0), rows) as row:
             emit(row, 1)
-        with T.Else(), T.serial(T.int64(0), T.floordiv(rows + (height - 1), height)) as tile:
-            emit(T.Bind(T.min(tile * height, rows - height)), height)
+        with T.Else():
+            prepare()
+            with T.serial(T.int64(0), T.floordiv(rows + (height - 1), height)) as tile:
+                emit(T.Bind(T.min(tile * height, rows - height)), height)
 
 
 def finished(
