@@ -38,7 +38,6 @@ class Fused(Op):
 
     @cached_property
     def structure(self) -> tuple[object, ...]:
-        """What is equal for two bodies that compute the same; labels of inputs do not count."""
         return tuple(structure_of((*self.body.inputs, *self.body.outputs)))
 
     def attributes(self) -> str:

@@ -62,12 +62,13 @@ class Graph:
         """Say whether both graphs compute the same thing by the same ops (origins aside)."""
         if len(self.inputs) != len(other.inputs) or self.output_names != other.output_names:
             return False
-        return structure_of(self.outputs) == structure_of(other.outputs)
+        own, others = ((*graph.inputs, *graph.outputs) for graph in (self, other))
+        return structure_of(own) == structure_of(others)
 
-    def to_networkx(self) -> nx.MultiDiGraph:
+    def to_networkx(self) -> nx.MultiDiGraph[Node]:
         """Return the graph for matching, partitioning and cuts; nodes are `Node` objects, edges
         carry the operand `index`."""
-        view = nx.MultiDiGraph()
+        view: nx.MultiDiGraph[Node] = nx.MultiDiGraph()
         view.add_nodes_from(self.nodes)
         for node in self.nodes:
             for index, operand in enumerate(node.inputs):
@@ -99,14 +100,13 @@ def topological_order(roots: Iterable[Node], stop: Container[Node] = ()) -> tupl
 
 
 def structure_of(roots: tuple[Node, ...]) -> list[object]:
-    """Describe nodes by ops, types and operand numbers, for comparison."""
+    """Describe nodes by ops, types and operand numbers, for comparison; weights by formats."""
     order = topological_order(roots)
     number = {node: i for i, node in enumerate(order)}
     described: list[object] = [
-        (str(node.op), node.op if not isinstance(node.op, Parameter) else node.op.weight.format,
-         node.type, tuple(number[i] for i in node.inputs))
+        (str(node.op), node.op.structure, node.type, tuple(number[i] for i in node.inputs))
         for node in order
-    ]  # fmt: skip
+    ]
     return [*described, tuple(number[root] for root in roots)]
 
 

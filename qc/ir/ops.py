@@ -65,6 +65,10 @@ class Parameter(Op):
     def meaning(self, *, sizes: Sizes) -> Tensor:
         return self.weight.dense()
 
+    @property
+    def structure(self) -> object:
+        return self.weight.format
+
     def attributes(self) -> str:
         return str(self.weight.format)
 
