@@ -212,7 +212,8 @@ def test_the_profile_names_every_kernel(artifact: Artifact) -> None:
     assert {(row.phase, row.kernel) for row in profile.rows} == {
         (phase, kernel) for phase in ("prefill", "decode") for kernel in kernels
     }
-    assert profile.total("prefill") > profile.total("decode") > 0
+    assert profile.total("prefill") > 0
+    assert profile.total("decode") > 0
     assert "share %" in str(profile)
 
 
