@@ -186,7 +186,7 @@ class StreamStorage(Storage):
         return lambda inner, first: decoded[span(inner * BLOCK + first, lanes)]
 
 
-def float_dot(region: Region) -> Kernel | None:
+def float_linear(region: Region) -> Kernel | None:
     """Multiply float32 values by weights that are dense, or grouped in steps of 32 inputs."""
     linear = match_linear(region)
     if linear is None or linear.activation is not None:

@@ -144,8 +144,8 @@ def stream_of(format: WeightFormat, outer: int, inner: int) -> Stream | None:
 
 def in_blocks(rows: Tensor) -> Tensor:
     """View [rows, n] as [blocks, 16, n], zero-padded."""
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % BLOCK))
-    return padded.unflatten(0, (-1, BLOCK))
+    padded: Tensor = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % BLOCK))
+    return padded.view(-1, BLOCK, padded.shape[1])
 
 
 def unpacked(packed: Tensor, bits: int, cols: int) -> Tensor:

@@ -72,7 +72,7 @@ class Case:
                 leaves |= {bias, gain}
                 half = make(ops.Scalar(0.5))
                 root = make(ops.Linear(), *first, bias)
-                root = make(ops.Binary("mul"), make(ops.Unary("gelu"), root), gain)
+                root = make(ops.Binary("mul"), make(ops.Unary("silu"), root), gain)
                 root = make(ops.Binary("mul"), root, half)
             case "residual":
                 residual = make(ops.Input("r", TensorType((ROWS, self.outer))))

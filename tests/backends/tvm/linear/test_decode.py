@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 
@@ -20,22 +22,23 @@ FORMATS = (
     (GroupedFormat(4, 32, "minimum"), GroupedFormat(2, None, "symmetric")),
     *((GroupedFormat(bits, 16, "zero"),) for bits in (2, 3, 5, 8)),
 )
-EPILOGUES = ("", "bias", "residual", "gated")
 
 
 def cases() -> list[Case]:
-    """Pair every size with every format once; activations and epilogues take turns."""
+    """Two sizes for every format; sizes, activations and epilogues take turns."""
     found = []
+    epilogues = cycle(("", "bias", "residual", "", "gated"))
     activations = (None, ActivationFormat(8, 32), ActivationFormat(8), ActivationFormat(8, 5))
     for i, formats in enumerate(FORMATS):
-        for j, inner in enumerate(ODD):
-            outer = ODD[(i + j) % len(ODD)]
-            activation, epilogue = activations[(i + j) % 4], EPILOGUES[(i + j // 2) % 4]
-            found.append(Case(outer, inner, formats, activation, epilogue))
+        for j in (0, 1):
+            outer, inner = ODD[i % len(ODD)], ODD[(i + 3 * j + 1) % len(ODD)]
+            activation = activations[(i + j) % 4]
+            found.append(Case(outer, inner, formats, activation, next(epilogues)))
     return found
 
 
 @pytest.mark.parametrize("target", [CPUS["x86_64-v2"], host_cpu()], ids=str)
 def test_every_format_and_size_is_decoded_and_multiplied(target: Target) -> None:
-    errors = worst_error(decoded_linear, cases(), target, rows=(1, 2, 5))
+    chosen = cases() if target == host_cpu() else cases()[::4]
+    errors = worst_error(decoded_linear, chosen, target, rows=(1, 2, 5))
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])

@@ -7,7 +7,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from qc.backends.tvm.linear.float_dot import float_dot
+from qc.backends.tvm.linear.float_dot import float_linear
 from qc.ir.target import CPUS, Target, host_cpu
 from qc.ir.weights.dense import DenseFormat
 from qc.ir.weights.grouped import GroupedFormat
@@ -26,13 +26,15 @@ def cases() -> list[Case]:
         Case(outer, inner, (DenseFormat(dtype),), None, next(epilogue))
         for dtype, (outer, inner) in zip(dtypes, sizes, strict=True)
     ]
-    found += [
-        Case(40, 96, (GroupedFormat(bits, group, offset),), None, next(epilogue))
-        for bits, group, offset in (
-            (4, 32, "minimum"), (4, 64, "symmetric"), (3, None, "zero"), (2, 32, "zero"),
-            (8, 96, "symmetric"), (5, 32, "minimum"),
-        )
-    ]  # fmt: skip
+    grouped = (
+        GroupedFormat(4, 32, "minimum"),
+        GroupedFormat(4, 64, "symmetric"),
+        GroupedFormat(3, None, "zero"),
+        GroupedFormat(2, 32, "zero"),
+        GroupedFormat(8, 96, "symmetric"),
+        GroupedFormat(5, 32, "minimum"),
+    )
+    found += [Case(40, 96, (format,), None, next(epilogue)) for format in grouped]
     return found
 
 
@@ -42,5 +44,6 @@ def cases() -> list[Case]:
     ids=["sse", "host", "avx512"],
 )
 def test_products_are_exact_up_to_rounding(target: Target) -> None:
-    errors = worst_error(float_dot, cases(), target, ROWS)
+    chosen = cases() if target == host_cpu() else cases()[::4]
+    errors = worst_error(float_linear, chosen, target, ROWS)
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
