@@ -27,10 +27,18 @@ from qc.backends.tvm.kernel import (
 from qc.errors import UnsupportedError
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
-from qc.ir.graph import Graph
+from qc.ir.graph import Graph, map_nodes
 from qc.ir.node import Node
 from qc.ir.target import Target
-from qc.ir.types import DTYPE_NAMES, Dim, TensorType, TupleType, dim_symbols
+from qc.ir.types import (
+    DTYPE_NAMES,
+    Dim,
+    TensorType,
+    TupleType,
+    as_dim,
+    dim_symbols,
+    symbol,
+)
 from qc.runtime.expression import parse_expression
 from qc.runtime.manifest import KernelStep, Scalar, Step, TorchStep, Value, ValueArg
 
@@ -198,6 +206,8 @@ class Lowering:
     def kernel_for(self, node: Node) -> tuple[str, Kernel] | None:
         """Return the kernel of a fused node, made by the first rule that matches."""
         region = region_of(node, self.program.target)
+        if counts_trailing_rows(region):
+            region = with_symbol(region, KEEP, SEQ)
         key = region_key(region)
         if key not in self.kernel_of:
             self.kernel_of[key] = self.make_kernel(region, key)
@@ -216,18 +226,19 @@ class Lowering:
 
     def kernel_step(self, node: Node, name: str, kernel: Kernel) -> KernelStep:
         """Bind a kernel's arguments to the buffers of this node and its operands."""
+        rename = {SEQ: KEEP} if counts_trailing_rows(region_of(node, self.program.target)) else {}
         arguments: list[ValueArg | Scalar] = []
         reads: dict[int, None] = {}
         writes: dict[int, None] = {}
         for argument in kernel.arguments:
             if isinstance(argument, SizeArgument):
-                arguments.append(Scalar(dim_text(argument.dim)))
+                arguments.append(Scalar(dim_text(renamed(argument.dim, rename))))
                 continue
             index = self.buffer(node, kernel, argument)
             shape = argument.shape
             if shape is None:
                 shape = self.default_shape(node, argument)
-            texts = None if shape is None else tuple(dim_text(d) for d in shape)
+            texts = None if shape is None else tuple(dim_text(renamed(d, rename)) for d in shape)
             arguments.append(ValueArg(index, texts))
             (writes if argument.operand == RESULT else reads)[index] = None
         if kernel.in_place is not None:
@@ -343,6 +354,42 @@ def released_once(array: Tensor) -> Callable[[], Tensor]:
 def dim_text(dim: Dim) -> int | str:
     """Write a dimension for the manifest."""
     return dim if isinstance(dim, int) else str(dim)
+
+
+SEQ, KEEP = symbol("seq"), symbol("keep")
+SHAPELESS = (
+    ops.Input, ops.Scalar, ops.Linear, ops.Unary, ops.Binary, ops.Where, ops.Cast,
+    ops.GatedActivation, ops.RMSNorm, ops.LayerNorm, ops.Quantize,
+)  # fmt: skip
+"""Ops without a shape among their attributes: a body of these fits any number of rows."""
+
+
+def counts_trailing_rows(region: Region) -> bool:
+    """Say whether a body works on the trailing positions, by ops that do not care which."""
+    names = {name for node in region.body.nodes for name in dim_symbols(node.tensor.shape)}
+    return (
+        "keep" in names
+        and "seq" not in names
+        and all(isinstance(node.op, SHAPELESS) for node in region.body.nodes)
+    )
+
+
+def with_symbol(region: Region, old: sympy.Symbol, new: sympy.Symbol) -> Region:
+    """Rename a dimension, so that trailing positions share the kernels of all positions."""
+
+    def rename(node: Node, inputs: tuple[Node, ...]) -> Node:
+        shape = tuple(renamed(d, {old: new}) for d in node.tensor.shape)
+        type = node.tensor.reshaped(shape)
+        op = replace(node.op, type=type) if isinstance(node.op, ops.Input) else node.op
+        return Node(op, inputs, type, node.origin)
+
+    operands = tuple(rename(o, o.inputs) if o.op.name != "weight" else o for o in region.operands)
+    return Region(map_nodes(region.body, rename), operands, region.target)
+
+
+def renamed(dim: Dim, names: Mapping[sympy.Symbol, sympy.Symbol]) -> Dim:
+    """Substitute symbols in a dimension."""
+    return dim if isinstance(dim, int) else as_dim(dim.subs(names))
 
 
 def region_key(region: Region) -> object:
