@@ -15,6 +15,7 @@ from qc.passes.lift.norms import LiftNorms
 from qc.passes.lift.positions import LiftPositions
 from qc.passes.lift.rope import LiftRope
 from qc.passes.pipeline import Pass
+from qc.passes.prepare.simplify import Simplify
 
 LIFT: tuple[Pass, ...] = (
     LiftNorms(),
@@ -26,6 +27,8 @@ LIFT: tuple[Pass, ...] = (
     LiftMasks(),
     LiftPositions(),
     SinkLayout(),
+    Simplify(),
 )
 """All of them in order. Layout sinks first, so that the patterns meet values in one layout, and
-last, so that the permutations around lifted ops meet and vanish."""
+after them, so that the permutations around lifted ops meet and vanish. The result holds nothing
+that `Simplify` would change."""

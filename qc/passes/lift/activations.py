@@ -45,7 +45,7 @@ def lift_gelu(node: Node) -> Node | None:
             kind, x = found
             value, rest = factors(node, whole=(x, raised))
             if close(value, 0.5) and is_product_of(rest, (x, raised)):
-                return same_type(make(ops.Unary(kind), x), node)
+                return same_type(make(ops.Unary(kind), x, origin=node.origin), node)
     return None
 
 
@@ -96,7 +96,7 @@ def lift_silu(node: Node) -> Node | None:
     """x * sigmoid(x) --> silu(x)"""
     for x, gate in either_order(node, "mul"):
         if unary(gate, "sigmoid") is x:
-            return make(ops.Unary("silu"), x)
+            return make(ops.Unary("silu"), x, origin=node.origin)
     return None
 
 
@@ -108,7 +108,7 @@ def lift_gated(node: Node) -> Node | None:
             continue
         gate = activated.inputs[0]
         if gate.type == up.type:
-            return make(ops.GatedActivation(op.kind), gate, up)
+            return make(ops.GatedActivation(op.kind), gate, up, origin=node.origin)
     return None
 
 

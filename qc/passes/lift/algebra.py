@@ -156,10 +156,13 @@ def permuted(node: Node, order: tuple[int, ...]) -> Node:
 
 def span_of(node: Node) -> tuple[Node, Dim, Dim]:
     """Return the value whose last axis `node` is a run of, and where that starts and stops."""
-    op, last = node.op, node.tensor.rank - 1
-    if isinstance(op, ops.Slice) and op.axis == last and op.step == 1:
-        return node.inputs[0], op.start, op.stop
-    return node, 0, node.tensor.shape[last]
+    start: Dim = 0
+    length, last = node.tensor.shape[-1], node.tensor.rank - 1
+    op = node.op
+    while isinstance(op, ops.Slice) and op.axis == last and op.step == 1:
+        node, start = node.inputs[0], as_dim(start + op.start)
+        op = node.op
+    return node, start, as_dim(start + length)
 
 
 def joined(first: Node, second: Node) -> tuple[Node, Dim, Dim] | None:

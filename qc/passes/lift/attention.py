@@ -59,7 +59,8 @@ def lift_attention(node: Node) -> Node | None:
     q, v = (permuted(x, SWAP_HEADS_AND_POSITIONS) for x in (found.query, v))
     k = permuted(found.keys, (0, 3, 1, 2))
     op = ops.Attention(found.scale, softcap=found.softcap)
-    attention = make(op, q, k, v, *([] if found.mask is None else [found.mask]))
+    mask = [] if found.mask is None else [found.mask]
+    attention = make(op, q, k, v, *mask, origin=node.origin)
     return permuted(attention, SWAP_HEADS_AND_POSITIONS)
 
 
@@ -138,7 +139,7 @@ def strip_repeated_heads(node: Node) -> Node | None:
         return None
     if single_k.tensor.shape[:3] != single_v.tensor.shape[:3]:
         return None
-    return make(node.op, q, single_k, single_v, *mask)
+    return make(node.op, q, single_k, single_v, *mask, origin=node.origin)
 
 
 def unrepeated(node: Node) -> Node | None:

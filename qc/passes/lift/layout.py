@@ -9,7 +9,7 @@ from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import rewrite
-from qc.ir.types import Dim
+from qc.ir.types import Dim, element_count
 from qc.passes.lift.algebra import reshaped
 from qc.passes.pipeline import Context, Pass
 
@@ -48,7 +48,7 @@ def sink_below_elementwise(node: Node) -> Node | None:
     plain = [operand for operand in operands if operand is not None]
     if len(plain) < len(operands):
         return None
-    return make(ops.Permute(order), make(node.op, *plain))
+    return make(ops.Permute(order), make(node.op, *plain, origin=node.origin))
 
 
 def sink_below_last_axis(node: Node) -> Node | None:
@@ -58,7 +58,7 @@ def sink_below_last_axis(node: Node) -> Node | None:
     order = node.inputs[0].op.order
     if order[-1] != len(order) - 1:
         return None
-    inner = make(node.op, node.inputs[0].inputs[0], *node.inputs[1:])
+    inner = make(node.op, node.inputs[0].inputs[0], *node.inputs[1:], origin=node.origin)
     return make(ops.Permute(order), inner)
 
 
@@ -68,7 +68,7 @@ def sink_below_slice(node: Node) -> Node | None:
         return None
     order, op = node.inputs[0].op.order, node.op
     moved = ops.Slice(order[op.axis], op.start, op.stop, op.step)
-    return make(ops.Permute(order), make(moved, node.inputs[0].inputs[0]))
+    return make(ops.Permute(order), make(moved, node.inputs[0].inputs[0], origin=node.origin))
 
 
 def sink_below_concat(node: Node) -> Node | None:
@@ -107,7 +107,7 @@ def unpermuted(operand: Node, order: tuple[int, ...]) -> Node | None:
     if isinstance(operand.op, ops.Permute) and operand.op.order == order:
         return operand.inputs[0]
     shape = operand.tensor.shape
-    if not shape:
+    if len(shape) == 0 or (len(shape) == 1 and order[-1] == len(order) - 1):
         return operand
     padded = (1,) * (len(order) - len(shape)) + shape
     inverse = tuple(order.index(axis) for axis in range(len(order)))
@@ -126,7 +126,7 @@ def keeps_order(shape: tuple[Dim, ...], order: tuple[int, ...]) -> bool:
 
 
 def sink_flattening(node: Node) -> Node | None:
-    """f(reshape[rows, c](x), y) --> reshape(f(x, y)), where x is [..., c] of higher rank"""
+    """f(reshape[rows, c](x), y) --> reshape(f(x, y)), where x is [..., c] or reshaped to it"""
     elementwise = isinstance(node.op, ELEMENTWISE)
     if not elementwise and not isinstance(node.op, ALONG_LAST_AXIS):
         return None
@@ -138,24 +138,25 @@ def sink_flattening(node: Node) -> Node | None:
     plain = [operand for operand in operands if operand is not None]
     if len(plain) < len(operands):
         return None
-    inner = make(node.op, *plain, *node.inputs[len(carried) :])
+    inner = make(node.op, *plain, *node.inputs[len(carried) :], origin=node.origin)
     result = make(ops.Reshape(node.tensor.shape), inner)
     return result if result.type == node.type else None
 
 
 def flattened_from(node: Node) -> tuple[Dim, ...] | None:
-    """Return the leading axes that a Reshape merges while it keeps the last one."""
-    if not isinstance(node.op, ops.Reshape):
+    """Return the leading axes of its operand that a Reshape to [rows, c] merges into the rows."""
+    if not isinstance(node.op, ops.Reshape) or node.tensor.rank != 2:
         return None
-    before, after = node.inputs[0].tensor.shape, node.tensor.shape
-    merges = len(after) == 2 and len(before) > 2 and before[-1] == after[-1]
-    return before[:-1] if merges else None
+    before = node.inputs[0].tensor.shape
+    leading = [before[:end] for end in range(2, len(before)) if element_count(before[:end])
+               == node.tensor.shape[0]]  # fmt: skip
+    return leading[0] if leading else None
 
 
 def unflattened(operand: Node, leading: tuple[Dim, ...]) -> Node | None:
     """Return an operand as it was before its rows were merged; vectors broadcast as they are."""
     if flattened_from(operand) == leading:
-        return operand.inputs[0]
+        return reshaped(operand.inputs[0], (*leading, operand.tensor.shape[1]))
     return operand if operand.tensor.rank <= 1 else None
 
 
@@ -176,7 +177,7 @@ def sink_expand_below_embedding(node: Node) -> Node | None:
     """embedding(expand(ids), table) --> expand(embedding(ids, table))"""
     if not isinstance(node.op, ops.Embedding) or not isinstance(node.inputs[0].op, ops.Expand):
         return None
-    inner = make(node.op, node.inputs[0].inputs[0], node.inputs[1])
+    inner = make(node.op, node.inputs[0].inputs[0], node.inputs[1], origin=node.origin)
     return make(ops.Expand(node.tensor.shape), inner)
 
 
@@ -188,7 +189,7 @@ def drop_expand(node: Node) -> Node | None:
         if not isinstance(operand.op, ops.Expand):
             continue
         inputs = (*node.inputs[:index], operand.inputs[0], *node.inputs[index + 1 :])
-        plain = make(node.op, *inputs)
+        plain = make(node.op, *inputs, origin=node.origin)
         if plain.type == node.type:
             return plain
     return None

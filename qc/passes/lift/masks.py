@@ -66,7 +66,11 @@ class LiftMasks(Pass):
             if key not in explained:
                 explained[key] = explain_mask(node, functions)
             pattern = explained[key]
-            return None if pattern is None else make(merge(node.op, pattern), q, k, v)
+            return (
+                None
+                if pattern is None
+                else make(merge(node.op, pattern), q, k, v, origin=node.origin)
+            )
 
         return rewrite(graph, (lift_mask,), self.name)
 

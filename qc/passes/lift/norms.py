@@ -69,7 +69,7 @@ def lift_rms(node: Node) -> Node | None:
     if found is None or found[0] is not found[1]:
         return None
     _, x, eps = found
-    return make(ops.RMSNorm(eps), x, filled(x, 1.0))
+    return make(ops.RMSNorm(eps), x, filled(x, 1.0), origin=node.origin)
 
 
 def lift_rms_gain_before(node: Node) -> Node | None:
@@ -81,7 +81,7 @@ def lift_rms_gain_before(node: Node) -> Node | None:
     for factor, other in either_order(scaled, "mul"):
         gain = as_vector(other, x.tensor)
         if factor is x and gain is not None:
-            return make(ops.RMSNorm(eps), x, gain)
+            return make(ops.RMSNorm(eps), x, gain, origin=node.origin)
     return None
 
 
@@ -93,7 +93,7 @@ def take_gain(node: Node) -> Node | None:
         x, unit, *bias = normed.inputs
         gain = as_vector(other, x.tensor)
         if gain is not None and is_filled(unit, 1.0) and all(is_filled(b, 0.0) for b in bias):
-            return make(normed.op, x, gain, *bias)
+            return make(normed.op, x, gain, *bias, origin=node.origin)
     return None
 
 
@@ -105,7 +105,8 @@ def lift_layer_norm(node: Node) -> Node | None:
     if centered is None or last_axis_mean(centered[1]) is not centered[0]:
         return None
     x = centered[0]
-    return make(ops.LayerNorm(node.op.eps), x, node.inputs[1], filled(x, 0.0))
+    bias = filled(x, 0.0)
+    return make(ops.LayerNorm(node.op.eps), x, node.inputs[1], bias, origin=node.origin)
 
 
 def take_bias(node: Node) -> Node | None:
@@ -115,7 +116,7 @@ def take_bias(node: Node) -> Node | None:
             continue
         bias = as_vector(other, normed.tensor)
         if bias is not None:
-            return make(normed.op, *normed.inputs[:2], bias)
+            return make(normed.op, *normed.inputs[:2], bias, origin=node.origin)
     return None
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from qc.ir import ops
 from qc.ir.graph import Graph
-from qc.ir.node import Node, make
+from qc.ir.node import Node, Origin, make
 from qc.ir.rewrite import rewrite
 from qc.ir.types import Dim
 from qc.passes.lift.algebra import (
@@ -49,7 +49,7 @@ def lift_rope(node: Node) -> Node | None:
         for x, cos in either_order(straight, "mul"):
             for partner, sin in either_order(turned, "mul"):
                 if is_rotated_half(partner, x):
-                    return make_rope(x, cos, sin)
+                    return make_rope(x, cos, sin, node.origin)
     return None
 
 
@@ -66,7 +66,7 @@ def lift_rope_of_halves(node: Node) -> Node | None:
             if found is not None and any(
                 is_product(a, x2, cos) and is_product(b, x1, sin) for a, b in sums
             ):
-                return make_rope(run_of(*found), doubled(cos), doubled(sin))
+                return make_rope(run_of(*found), doubled(cos), doubled(sin), node.origin)
     return None
 
 
@@ -77,7 +77,8 @@ def lift_partial_rope(node: Node) -> Node | None:
     turned, kept = node.inputs
     if isinstance(turned.op, ops.Rope):
         found = joined(turned.inputs[0], kept)
-        return None if found is None else make(turned.op, run_of(*found), *turned.inputs[1:])
+        if found is not None:
+            return make(turned.op, run_of(*found), *turned.inputs[1:], origin=node.origin)
     return None
 
 
@@ -111,7 +112,7 @@ def doubled(table: Node) -> Node:
     return make(ops.Concat(table.tensor.rank - 1), table, table)
 
 
-def make_rope(x: Node, cos: Node, sin: Node) -> Node | None:
+def make_rope(x: Node, cos: Node, sin: Node, origin: Origin) -> Node | None:
     """Return rope(x, cos, sin) in the layout of `x`; None where the tables do not fit."""
     if x.tensor.rank != 4 or cos.type != sin.type or cos.tensor.dtype != x.tensor.dtype:
         return None
@@ -123,10 +124,11 @@ def make_rope(x: Node, cos: Node, sin: Node) -> Node | None:
         return None
     tables = [reshaped(t, (shape[0], shape[1] * shape[2], channels)) for t in (cos, sin)]
     if shape[1:3] == (a, 1):
-        return make(ops.Rope(), x, *tables)
+        return make(ops.Rope(), x, *tables, origin=origin)
     if shape[1:3] == (1, b):
         heads_last = permuted(x, SWAP_HEADS_AND_POSITIONS)
-        return permuted(make(ops.Rope(), heads_last, *tables), SWAP_HEADS_AND_POSITIONS)
+        turned = make(ops.Rope(), heads_last, *tables, origin=origin)
+        return permuted(turned, SWAP_HEADS_AND_POSITIONS)
     return None
 
 
