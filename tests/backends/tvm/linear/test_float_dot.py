@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -38,10 +39,14 @@ def cases() -> list[Case]:
     return found
 
 
+AVX512 = CPUS["avx512-vnni"]
+WIDE = replace(AVX512, llvm_cpu=host_cpu().llvm_cpu)  # 64-byte vectors, split by LLVM
+
+
 @pytest.mark.parametrize(
     "target",
-    [CPUS["x86_64-v2"], host_cpu(), pytest.param(CPUS["avx512-vnni"], marks=needs("avx512"))],
-    ids=["sse", "host", "avx512"],
+    [CPUS["x86_64-v2"], host_cpu(), WIDE, pytest.param(AVX512, marks=needs("avx512"))],
+    ids=["sse", "host", "wide", "avx512"],
 )
 def test_products_are_exact_up_to_rounding(target: Target) -> None:
     chosen = cases() if target == host_cpu() else cases()[::4]

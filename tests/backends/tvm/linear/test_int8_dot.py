@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
+from typing import Any
 
 import pytest
+from tvm.tirx.script import builder as T
 
+from qc.backends.tvm.linear import int8_dot
 from qc.backends.tvm.linear.int8_dot import int8_linear
+from qc.backends.tvm.linear.vectors import pure
 from qc.ir.ops import Parameter
 from qc.ir.target import CPUS, Target, host_cpu
 from qc.ir.types import ActivationFormat
@@ -41,6 +46,32 @@ def cases() -> list[Case]:
 def test_sums_are_exact_up_to_rounding(target: Target) -> None:
     chosen = cases() if target == host_cpu() else cases()[::5]
     errors = worst_error(int8_linear, chosen, target, ROWS)
+    assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
+
+
+def dot_of_bytes(result: str, intrinsic: str, *operands: Any) -> Any:
+    """Compute vpdpbusd in int32: total + sum of 4 products of an unsigned and a signed byte."""
+    if intrinsic != int8_dot.VNNI:
+        return pure(result, intrinsic, *operands)
+    total, unsigned, signed = operands
+    codes, inputs = T.reinterpret(result, unsigned), T.reinterpret(result, signed)
+    lanes = int(result.rpartition("x")[2])
+
+    def constant(value: int) -> Any:
+        return T.broadcast(T.int32(value), lanes)
+
+    for byte in range(4):
+        code = T.bitwise_and(T.shift_right(codes, constant(8 * byte)), constant(255))
+        value = T.shift_right(T.shift_left(inputs, constant(24 - 8 * byte)), constant(24))
+        total = total + code * value
+    return total
+
+
+def test_vnni_kernels_are_right_but_for_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any machine can run 64-byte vectors, split by LLVM, with the dot product written out."""
+    monkeypatch.setattr(int8_dot, "pure", dot_of_bytes)
+    wide = replace(VNNI, llvm_cpu=host_cpu().llvm_cpu)
+    errors = worst_error(int8_linear, cases()[::3], wide, (1, 9, 17))
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
 
 
