@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from qc.compiler import trace as trace
     from qc.errors import QcError as QcError
     from qc.ir.target import Target as Target
+    from qc.loading import load as load
     from qc.passes.pipeline import Pass as Pass
     from qc.passes.pipeline import Pipeline as Pipeline
     from qc.passes.recipes import RECIPES as RECIPES
     from qc.passes.recipes import Recipe as Recipe
     from qc.runtime import Artifact as Artifact
-    from qc.runtime import load as load
 
 __version__ = "0.1.0"
 
 PLACES = {
     "compile": "qc.compiler",
     "trace": "qc.compiler",
-    "load": "qc.runtime",
+    "load": "qc.loading",
     "Artifact": "qc.runtime",
     "Pipeline": "qc.passes.pipeline",
     "Pass": "qc.passes.pipeline",

@@ -100,7 +100,7 @@ def compile_command(options: argparse.Namespace) -> None:
 
 def run_command(options: argparse.Namespace) -> None:
     """`qc run DIR "prompt"`"""
-    from qc.runtime import load
+    from qc.loading import load
 
     start = time.perf_counter()
     artifact = load(options.artifact)
@@ -124,8 +124,8 @@ def run_command(options: argparse.Namespace) -> None:
 def eval_command(options: argparse.Namespace) -> None:
     """`qc eval DIR --text FILE`"""
     from qc.evaluation import evaluate_windows, windows_of
+    from qc.loading import load
     from qc.progress import progress_bar
-    from qc.runtime import load
 
     text = read_text(options.text)
     artifact = load(options.artifact)
@@ -172,7 +172,7 @@ def read_text(path: str) -> str:
 
 def inspect_command(options: argparse.Namespace) -> None:
     """`qc inspect DIR`"""
-    from qc.runtime import load
+    from qc.loading import load
 
     artifact = load(options.artifact)
     if options.ir:

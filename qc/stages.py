@@ -1,9 +1,9 @@
 """The stages of a compilation as objects that can be held, printed and run one by one.
 
-    captured = qc.trace(model)            # the graph as torch.export sees it
-    quantized = captured.quantize("w4")   # canonical, then the passes of a recipe
-    planned = quantized.lower("cpu")      # grouped into kernels for a machine
-    artifact = planned.build()            # compiled, ready to run
+captured = qc.trace(model)            # the graph as torch.export sees it
+quantized = captured.quantize("w4")   # canonical, then the passes of a recipe
+planned = quantized.lower("cpu")      # grouped into kernels for a machine
+artifact = planned.build()            # compiled, ready to run
 """
 
 from __future__ import annotations
@@ -80,13 +80,16 @@ class QuantizedModel:
 
     def __call__(self, sizes: Mapping[str, int] | None = None, **inputs: Tensor) -> dict[str, Any]:
         """Evaluate the graph in the reference interpreter; caches may be left out when empty."""
-        return evaluate(self.graph, with_empty_caches(self.graph, inputs), default_sizes(inputs, sizes))
+        return evaluate(
+            self.graph, with_empty_caches(self.graph, inputs), default_sizes(inputs, sizes)
+        )
 
     def lower(self, target: str | Target = "cpu", progress: Progress = silent) -> PlannedModel:
         """Group the graph into kernels for a machine, such as "cpu" or "cpu:x86_64-v3"."""
         machine = target if isinstance(target, Target) else parse_machine(target)
         context = Context(machine, progress, self.log)
-        return PlannedModel(self, machine, Pipeline((Fuse(),)).run(self.graph, context))
+        plan = () if machine.device == "torch" else (Fuse(),)  # the reference runs node by node
+        return PlannedModel(self, machine, Pipeline(plan).run(self.graph, context))
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -122,8 +125,8 @@ class PlannedModel:
 
     def write(self, place: Path, name: str, progress: Progress) -> Artifact:
         """Write the artifact to `place` and load it."""
-        from qc.backends.tvm.artifact import ArtifactFacts, write_native_artifact  # loads TVM
-        from qc.runtime import load
+        from qc.backends.artifact import ArtifactFacts
+        from qc.loading import load
 
         captured = self.quantized.captured
         facts = ArtifactFacts(
@@ -135,7 +138,14 @@ class PlannedModel:
             compile_report(self.quantized.graph, captured.source, name),
             self.texts(),
         )
-        write_native_artifact(self.graph, self.target, facts, place, progress)
+        if self.target.device == "torch":
+            from qc.backends.torch.artifact import write_torch_artifact
+
+            write_torch_artifact(self.graph, facts, place, progress)
+        else:
+            from qc.backends.tvm.artifact import write_native_artifact  # loads TVM
+
+            write_native_artifact(self.graph, self.target, facts, place, progress)
         return load(place)
 
     def texts(self) -> dict[str, str]:
@@ -174,9 +184,7 @@ def with_empty_caches(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, T
     return {**empty_cache(graph, batch), **inputs}
 
 
-def default_sizes(
-    inputs: Mapping[str, Tensor], sizes: Mapping[str, int] | None
-) -> dict[str, int]:
+def default_sizes(inputs: Mapping[str, Tensor], sizes: Mapping[str, int] | None) -> dict[str, int]:
     """Ask for the results of all positions where nothing else is said."""
     first = next(iter(inputs.values()))
     length = first.shape[1] if first.ndim > 1 else 1

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qc.ir.target import Target
 from qc.runtime.manifest import Generate
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class ArtifactFacts:
+    """What an artifact says of itself besides its program."""
+
+    name: str
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    context_length: int | None = None
+    tokenizer: Path | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,6 +56,3 @@ def required_features(target: Target) -> tuple[str, ...]:
     """Return what the CPU must have, spelled as the system spells it."""
     spelled = {"sse3": "pni"}
     return tuple(sorted(spelled.get(f, f) for f in target.features))
-
-
-Report = Mapping[str, Any]

@@ -63,7 +63,7 @@ def load(
     manifest = read_manifest(folder)
     if manifest.executor != NATIVE:
         raise ArtifactError(f"{folder} runs on {manifest.executor}: load it with qc.load")
-    return open_artifact(folder, manifest, _native_program, verify=verify, temporary=temporary)
+    return open_artifact(folder, manifest, native_program, verify=verify, temporary=temporary)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -96,7 +96,7 @@ def open_artifact(
     return artifact
 
 
-def _native_program(folder: Path, manifest: Manifest) -> Program:
+def native_program(folder: Path, manifest: Manifest) -> Program:
     """Open the library and map the weights."""
     has_kernels = any(isinstance(step, KernelStep) for step in manifest.steps)
     library = (

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from qc.backends.artifact import generation_facts, required_features, tokenizer_files
+from qc.backends.artifact import ArtifactFacts, generation_facts, required_features, tokenizer_files
 from qc.backends.tvm.build import Progress, write_program
 from qc.backends.tvm.lower import Lowered, lower
 from qc.backends.tvm.rules import CPU_RULES
@@ -15,19 +12,6 @@ from qc.ir.graph import Graph
 from qc.ir.target import Target
 from qc.runtime.manifest import Manifest, TargetFacts
 from qc.runtime.package import ArtifactWriter
-
-
-@dataclass(frozen=True)
-class ArtifactFacts:
-    """What an artifact says of itself besides its program."""
-
-    name: str
-    eos: tuple[int, ...] = ()
-    bos: int | None = None
-    context_length: int | None = None
-    tokenizer: Path | None = None
-    report: Mapping[str, Any] = field(default_factory=dict)
-    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_native_artifact(

@@ -53,8 +53,9 @@ class TermFormat(ABC):
                 raise ValueError(f"{self} of shape {list(shape)} has no array {name!r}")
             array = arrays[name]
             if tuple(array.shape) != spec.shape or array.dtype != spec.dtype:
+                dtype = DTYPE_NAMES.get(array.dtype, str(array.dtype))
                 raise ValueError(
-                    f"array {name!r} of {self} is {DTYPE_NAMES[array.dtype]}{list(array.shape)}, "
+                    f"array {name!r} of {self} is {dtype}{list(array.shape)}, "
                     f"expected {DTYPE_NAMES[spec.dtype]}{list(spec.shape)}"
                 )
 

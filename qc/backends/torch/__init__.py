@@ -1,0 +1,1 @@
+"""The reference backend: evaluates the quantized graph in torch. Runs everything, slowly."""
