@@ -11,7 +11,7 @@ from tvm.tirx.script import builder as T
 
 from qc.backends.tvm.function import Function, build, for_each, integer, known_product, pieces, span
 from qc.backends.tvm.kernel import RESULT, Kernel, KernelRule, Region
-from qc.backends.tvm.vector_math import TVM_NAMES, convert
+from qc.backends.tvm.vector_math import TVM_NAMES, bind, convert
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.node import Node
@@ -94,7 +94,7 @@ def row_reader(
     rope = rope_of(node)
     x = node if rope is None else rope[0]
     _, length, heads, dim = (function.dim(d) for d in x.tensor.shape)
-    base = T.Bind(((batch * length + seq) * heads + head) * dim)
+    base = bind(((batch * length + seq) * heads + head) * dim)
     plain = reader(function.buffers[x], base)
     if rope is None:
         return plain, 0
@@ -104,7 +104,7 @@ def row_reader(
     tables = []
     for table in (cos, sin):
         row = seq if table.tensor.shape[0] == 1 else batch * length + seq
-        tables.append(reader(function.buffers[table], T.Bind(row * integer(rotary))))
+        tables.append(reader(function.buffers[table], bind(row * integer(rotary))))
     return rotated(plain, tables[0], tables[1], rotary), rotary
 
 
@@ -115,9 +115,9 @@ def for_each_row(function: Function, node: Node, body: Callable[..., None]) -> N
     length, heads = function.dim(shape[1]), function.dim(shape[2])
 
     def row(i: PrimExpr) -> None:
-        head = T.Bind(tirx.truncmod(i, heads))
-        token = T.Bind(tirx.truncdiv(i, heads))
-        body(T.Bind(tirx.truncdiv(token, length)), T.Bind(tirx.truncmod(token, length)), head)
+        head = bind(tirx.truncmod(i, heads))
+        token = bind(tirx.truncdiv(i, heads))
+        body(bind(tirx.truncdiv(token, length)), bind(tirx.truncmod(token, length)), head)
 
     known = known_product(shape[:3])
     for_each(function.dim(rows) if known is None else known, 4 * dim, row)
@@ -183,7 +183,7 @@ def rope(region: Region) -> Kernel | None:
         _, length, heads, dim = (function.dim(d) for d in root.tensor.shape)
         write_rows(
             function, root, result,
-            lambda b, s, h: [T.Bind(((b * length + s) * heads + h) * dim)],
+            lambda b, s, h: [bind(((b * length + s) * heads + h) * dim)],
         )  # fmt: skip
 
     return build("rope", region, emit)

@@ -20,7 +20,16 @@ from qc.backends.tvm.append import is_cache
 from qc.backends.tvm.expression import TirRendering, load_from
 from qc.backends.tvm.function import Function, build, for_each, integer, known_product, span, store
 from qc.backends.tvm.kernel import Kernel, KernelRule, Region
-from qc.backends.tvm.vector_math import ELEMENTWISE, TVM_NAMES, convert, render, spread
+from qc.backends.tvm.vector_math import (
+    ELEMENTWISE,
+    TVM_NAMES,
+    bind,
+    branch_depth,
+    convert,
+    inside_branch,
+    render,
+    spread,
+)
 from qc.ir import ops
 from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim, element_count
@@ -78,7 +87,6 @@ class Elements:
     known: Callable[[Node, tuple[Coordinate, ...]], PrimExpr | None] | None = None
     tables: dict[Node, tuple[WeightFormat, dict[str, Any]]] = field(default_factory=dict)
     bound: dict[tuple[object, ...], PrimExpr] = field(default_factory=dict)
-    branches: int = 0
 
     def value(self, node: Node, index: tuple[Coordinate, ...]) -> PrimExpr:
         """Return the value of `node` at `index` in the node's dtype, a vector or a scalar.
@@ -89,11 +97,11 @@ class Elements:
             found = self.known(node, index)
             if found is not None:
                 return found
-        if len(self.function.region.body.users[node]) < 2 or self.branches:
+        if len(self.function.region.body.users[node]) < 2 or branch_depth.get():
             return self.computed(node, index)
         key = (node, *map(str, index))
         if key not in self.bound:
-            self.bound[key] = T.Bind(self.computed(node, index))
+            self.bound[key] = bind(self.computed(node, index))
         return self.bound[key]
 
     def computed(self, node: Node, index: tuple[Coordinate, ...]) -> PrimExpr:
@@ -224,16 +232,15 @@ class Elements:
         """Choose the operand of a concatenation by position; only the chosen one is read."""
         at, start = index[axis], as_dim(0)
         parts: list[tuple[Dim, PrimExpr]] = []
-        self.branches += 1
-        for part in node.inputs:
-            inner = at - self.function.dim(start) if not isinstance(at, Run) else at.shifted(
-                -self.function.dim(start), divisor_of(start))  # fmt: skip
-            if isinstance(inner, Run) and inner.multiple % inner.lanes:
-                raise NotVectorised
-            value = self.value(part, (*index[:axis], inner, *index[axis + 1 :]))
-            start = as_dim(start + part.tensor.shape[axis])
-            parts.append((start, spread(value, lanes_in(index))))
-        self.branches -= 1
+        with inside_branch():
+            for part in node.inputs:
+                inner = at - self.function.dim(start) if not isinstance(at, Run) else at.shifted(
+                    -self.function.dim(start), divisor_of(start))  # fmt: skip
+                if isinstance(inner, Run) and inner.multiple % inner.lanes:
+                    raise NotVectorised
+                value = self.value(part, (*index[:axis], inner, *index[axis + 1 :]))
+                start = as_dim(start + part.tensor.shape[axis])
+                parts.append((start, spread(value, lanes_in(index))))
         base = at.base if isinstance(at, Run) else at
         result = parts[-1][1]
         for end, value in reversed(parts[:-1]):
@@ -385,9 +392,9 @@ def emit_flat(elements: Elements, result: Any, size: Dim, lanes: int) -> None:
     blocks = (total + integer(FLAT_BLOCK - 1)) // integer(FLAT_BLOCK)
 
     def block(i: PrimExpr) -> None:
-        start = T.Bind(i * integer(FLAT_BLOCK))
-        length = T.Bind(tirx.min(integer(FLAT_BLOCK), total - start))
-        vectors = T.Bind(length // integer(lanes))
+        start = bind(i * integer(FLAT_BLOCK))
+        length = bind(tirx.min(integer(FLAT_BLOCK), total - start))
+        vectors = bind(length // integer(lanes))
         with T.serial(integer(0), vectors) as j:
             flat.bound.clear()
             at = Run(start + j * integer(lanes), lanes, lanes)

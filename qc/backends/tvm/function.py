@@ -27,7 +27,7 @@ from qc.backends.tvm.kernel import (
     Repack,
     SizeArgument,
 )
-from qc.backends.tvm.vector_math import TVM_NAMES
+from qc.backends.tvm.vector_math import TVM_NAMES, bind
 from qc.ir.node import Node
 from qc.ir.types import Dim, element_count, symbol
 from qc.ir.weights.weight import Weight
@@ -62,11 +62,11 @@ def tree_reduce(vector: PrimExpr, lanes: int, combine: Callable[[Any, Any], Any]
     """Combine all lanes of a vector by halving; LLVM's own float sum goes lane by lane."""
     while lanes > 1:
         half = lanes // 2
-        vector = T.Bind(vector)
+        vector = bind(vector)
         low = T.Shuffle([vector], [tirx.const(i, "int32") for i in range(half)])
         high = T.Shuffle([vector], [tirx.const(i + half, "int32") for i in range(half)])
         vector, lanes = combine(low, high), half
-    return T.Bind(vector)
+    return bind(vector)
 
 
 def symbols_of(value: object) -> set[str]:

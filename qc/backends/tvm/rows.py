@@ -31,6 +31,7 @@ from qc.backends.tvm.kernel import RESULT, Kernel, KernelRule, Region
 from qc.backends.tvm.vector_math import (
     ELEMENTWISE,
     TVM_NAMES,
+    bind,
     constant,
     convert,
     exp_of_nonpositive,
@@ -98,7 +99,7 @@ def reduce_span(kind: str, start: PrimExpr, size: int, lanes: int, term: Term) -
     for offset, width in pieces(size - done, lanes):
         rest = tree_reduce(term(start + integer(done + offset), width), width, combine)
         result = combine(result, rest)
-    return T.Bind(result)
+    return bind(result)
 
 
 @dataclass
@@ -124,7 +125,7 @@ class Row:
         if node not in seen:
             computed = self.compute(node, channel, width, seen)
             shared = len(self.function.region.body.users[node]) > 1
-            seen[node] = T.Bind(computed) if shared else computed
+            seen[node] = bind(computed) if shared else computed
         return seen[node]
 
     def compute(
@@ -186,14 +187,14 @@ class Row:
 
     def mean(self, term: Term) -> PrimExpr:
         """Average the terms of the row."""
-        return T.Bind(self.reduce("sum", term) * tirx.const(1.0 / self.size, "float32"))
+        return bind(self.reduce("sum", term) * tirx.const(1.0 / self.size, "float32"))
 
 
 def rms_statistics(row: Row, node: Node, x: Term) -> tuple[PrimExpr, ...]:
     """1 / sqrt(mean(x^2) + eps)."""
 
     def square(channel: PrimExpr, width: int) -> PrimExpr:
-        value = T.Bind(x(channel, width))
+        value = bind(x(channel, width))
         return value * value
 
     assert isinstance(node.op, ops.RMSNorm)
@@ -205,7 +206,7 @@ def layer_statistics(row: Row, node: Node, x: Term) -> tuple[PrimExpr, ...]:
     mean = row.mean(x)
 
     def deviation(channel: PrimExpr, width: int) -> PrimExpr:
-        value = T.Bind(x(channel, width) - spread(mean, width))
+        value = bind(x(channel, width) - spread(mean, width))
         return value * value
 
     assert isinstance(node.op, ops.LayerNorm)
@@ -216,9 +217,9 @@ def softmax_statistics(row: Row, node: Node, x: Term) -> tuple[PrimExpr, ...]:
     """The maximum and 1 / sum(exp(x - maximum))."""
     largest = row.reduce("max", x)
     # A row of -inf alone would give inf - inf.
-    largest = T.Bind(tirx.max(largest, tirx.const(-3.4e38, "float32")))
+    largest = bind(tirx.max(largest, tirx.const(-3.4e38, "float32")))
     total = row.reduce("sum", lambda c, w: exp_of_nonpositive(x(c, w) - spread(largest, w)))
-    return largest, T.Bind(tirx.const(1.0, "float32") / total)
+    return largest, bind(tirx.const(1.0, "float32") / total)
 
 
 def reduce_statistics(row: Row, node: Node, x: Term) -> tuple[PrimExpr, ...]:
@@ -240,7 +241,7 @@ STATISTICS_OF: dict[type[Op], Callable[[Row, Node, Term], tuple[PrimExpr, ...]]]
 def inverse_root(mean: PrimExpr, eps: float) -> PrimExpr:
     """1 / sqrt(mean + eps)."""
     one = tirx.const(1.0, "float32")
-    return T.Bind(one / tirx.sqrt(mean + tirx.const(eps, "float32")))
+    return bind(one / tirx.sqrt(mean + tirx.const(eps, "float32")))
 
 
 def normalised(op: Op, values: list[PrimExpr], statistics: list[PrimExpr]) -> PrimExpr:
@@ -367,21 +368,21 @@ def quantized_writer(
     total = function.declare(RESULT, "total", "float32", (product((*leading, groups)),))
 
     def write_group(row: Row, number: PrimExpr, length: int, x: Term) -> None:
-        start, lanes = T.Bind(number * integer(group)), function.lanes
+        start, lanes = bind(number * integer(group)), function.lanes
         largest = reduce_span("max", start, length, lanes, lambda c, w: tirx.abs(x(c, w)))
-        inverse = T.Bind(
+        inverse = bind(
             tirx.Select(largest > constant(0, largest), constant(limit, largest) / largest,
                         constant(0, largest))
         )  # fmt: skip
 
         def rounded(channel: PrimExpr, width: int) -> PrimExpr:
-            code = T.Bind(tirx.nearbyint(x(channel, width) * spread(inverse, width)))
+            code = bind(tirx.nearbyint(x(channel, width) * spread(inverse, width)))
             at = span(row.number * integer(size) + channel, width)
             store(codes, at, convert(code, "int8"))
             return code
 
         codes_sum = reduce_span("sum", start, length, lanes, rounded)
-        step = T.Bind(largest * tirx.const(1.0 / limit, "float32"))
+        step = bind(largest * tirx.const(1.0 / limit, "float32"))
         at = row.number * integer(groups) + number
         store(scale, at, step)
         store(total, at, step * codes_sum)

@@ -7,12 +7,17 @@ stay libm calls, for they are rare. Half-precision values are computed in float3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import count
 from typing import Any
 
 import torch
 from tvm import tirx
+from tvm.ir import TensorLoad
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
 
 from qc.ir.op import Op
 from qc.ir.ops import BINARY, COMPARISONS, Binary, Cast, GatedActivation, Unary, Where
@@ -32,6 +37,7 @@ RANKS = ("bool", "uint8", "int8", "int16", "int32", "int64", "bfloat16", "float1
 """Element types from the narrowest to the widest."""
 
 fresh_number = count()
+branch_depth: ContextVar[int] = ContextVar("branch_depth", default=0)
 
 
 def element_type(value: PrimExpr) -> str:
@@ -69,12 +75,44 @@ def spread(value: PrimExpr, lanes: int) -> PrimExpr:
     return value if lanes_of(value) == lanes else tirx.Broadcast(value, lanes)
 
 
+def bind(value: PrimExpr) -> PrimExpr:
+    """Compute `value` once, by a statement before the one that is being written.
+
+    Floating-point values and vectors pass through memory that LLVM turns into registers: TVM's
+    simplifier puts the definition of a bound variable wherever it is used, so that compile time
+    doubles with every step of a chain.
+    """
+    element, lanes = element_type(value), lanes_of(value)
+    if isinstance(value, tirx.Var):
+        return value
+    if element in ("bool", "int64") or isinstance(value, TensorLoad):
+        return T.Bind(value)
+    cell = T.alloc_buffer((lanes,), element)
+    first = tirx.const(0, "int64")
+    at = first if lanes == 1 else T.ramp(first, tirx.const(1, "int64"), lanes)
+    T.buffer_store(cell, value, [at])
+    return T.Bind(cell[at])
+
+
 def let(value: PrimExpr, body: Callable[[PrimExpr], PrimExpr]) -> PrimExpr:
-    """Compute `value` once, whatever number of times `body` mentions it."""
+    """Compute `value` once, whatever number of times `body` mentions it: by `bind` where a
+    function is being written, by an expression elsewhere and inside branches."""
     if isinstance(value, tirx.Var | tirx.IntImm | tirx.FloatImm):
         return body(value)
+    if IRBuilder.is_in_scope() and not branch_depth.get():
+        return body(bind(value))
     variable = tirx.Var(f"t{next(fresh_number)}", str(value.ty))
     return tirx.Let(variable, value, body(variable))
+
+
+@contextmanager
+def inside_branch() -> Iterator[None]:
+    """Write expressions that may be evaluated only under a condition, such as guarded loads."""
+    token = branch_depth.set(branch_depth.get() + 1)
+    try:
+        yield
+    finally:
+        branch_depth.reset(token)
 
 
 def polynomial(x: PrimExpr, coefficients: Sequence[float]) -> PrimExpr:
