@@ -57,6 +57,7 @@ def open_folder(folder: Path) -> Captured:
     with quiet():
         config = read_config(folder)
         tensors = map_tensors(weight_files(folder))
+        check_depth(config, len(tensors), folder)
         model = build_untouched(config)
         stored = match_names(model, tensors)
         if stored is None:
@@ -100,6 +101,13 @@ def architecture_of(config: Any) -> Any:
         if type(config) in family:
             return family[type(config)]
     raise UnsupportedError(f"transformers has no model for the configuration {config.model_type}")
+
+
+def check_depth(config: Any, tensors: int, source: Path) -> None:
+    """Refuse a configuration of more layers than there are stored tensors, before building it."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > tensors:
+        raise ModelError(f"{source} announces {layers} layers, but holds {tensors} tensors")
 
 
 class SkipRandomValues(TorchDispatchMode):
