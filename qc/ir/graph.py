@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import networkx as nx
+from torch import fx
 
 from qc.ir.node import Node
 from qc.ir.ops import Input, Parameter
@@ -74,6 +75,12 @@ class Graph:
             for index, operand in enumerate(node.inputs):
                 view.add_edge(operand, node, index=index)
         return view
+
+    def to_fx(self) -> fx.GraphModule:
+        """Return the graph as a module of torch.fx, through which gradients flow."""
+        from qc.ir.to_fx import to_fx  # to_fx.py translates graphs, so it imports this file
+
+        return to_fx(self)
 
     def __str__(self) -> str:
         from qc.ir.text import graph_text  # text.py prints graphs, so it imports this file

@@ -716,12 +716,16 @@ class Torch(Op):
     def infer(self, *types: ValueType) -> ValueType:
         return self.type
 
-    def meaning(self, *values: Any, sizes: Sizes) -> Any:
+    @property
+    def operator(self) -> Any:
+        """The overload; AttributeError or RuntimeError where torch has none of this name."""
         namespace, packet, overload = self.overload.split(".")
-        call = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+    def meaning(self, *values: Any, sizes: Sizes) -> Any:
         args = fill_arguments(self.args, values, sizes)
         kwargs = {name: fill_arguments(value, values, sizes) for name, value in self.kwargs}
-        return call(*args, **kwargs)
+        return self.operator(*args, **kwargs)
 
     def attributes(self) -> str:
         return self.overload

@@ -301,12 +301,12 @@ def checked_type(type: Any, where: str) -> ValueType:
 def check_call(op: ops.Torch, operands: int, where: str) -> None:
     """Allow a call of a pure ATen operator with arguments that its schema takes."""
     namespace, _, rest = op.overload.partition(".")
-    packet, _, overload = rest.partition(".")
+    packet = rest.partition(".")[0]
     if namespace != CALLABLE_NAMESPACE or packet in REFUSED_CALLS:
         raise ArtifactError(f"{where}: a graph may not call {op.overload[:80]!r}")
     try:
-        schema = getattr(getattr(getattr(torch.ops, namespace), packet), overload)._schema
-    except (AttributeError, RuntimeError):
+        schema = op.operator._schema
+    except (AttributeError, RuntimeError, ValueError):
         raise ArtifactError(
             f"{where}: torch {torch.__version__} has no operator {op.overload[:80]!r}"
         ) from None
