@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qc.errors import ModelError
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.quantized import split_groups
 from qc.ir.rewrite import substitute
 from qc.ir.weights.grouped import Grouped, GroupedFormat, encode_codes
-from qc.ir.weights.weight import Weight
+from qc.ir.weights.weight import Term, Weight
 from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
@@ -109,9 +110,32 @@ class RoundToNearest(Pass):
         """Return the parameter with its values rounded."""
         assert isinstance(parameter.op, ops.Parameter)
         weight = parameter.op.weight
-        term = round_to_nearest(weight.dense(), self.format)
+        values = weight.dense()
+        require_finite(values, weight)
+        term = round_to_nearest(values, self.format)
+        require_storable(term, weight)
         stored = Weight(weight.name, weight.shape, (term,), weight.dtype)
         return make(ops.Parameter(stored), origin=parameter.origin)
+
+
+def require_finite(values: Tensor, weight: Weight) -> None:
+    """Refuse NaN and infinities, which no grid holds."""
+    wrong = values.numel() - int(torch.isfinite(values).sum())
+    if wrong:
+        raise ModelError(
+            f"weight {weight.name!r} holds {wrong} values that are NaN or infinite, "
+            "so it cannot be quantized"
+        )
+
+
+def require_storable(term: Term, weight: Weight) -> None:
+    """Refuse weights so large that a scale or a minimum overflows where it is stored."""
+    floats = (array for array in term.arrays().values() if array.is_floating_point())
+    if not all(bool(torch.isfinite(array).all()) for array in floats):
+        raise ModelError(
+            f"weight {weight.name!r} reaches {float(weight.dense().abs().max()):.3g}, which the "
+            f"scales of {term.format} cannot hold"
+        )
 
 
 def quantizable_linears(graph: Graph) -> Iterator[Node]:
