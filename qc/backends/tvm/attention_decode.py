@@ -186,30 +186,31 @@ def emit_softmax(
 ) -> None:  # fmt: skip
     """Turn a block of scores into weights; correct the running maximum and sum."""
     lanes, partial = part.problem.lanes, part.partial
+    state = T.alloc_buffer((2 * lanes,), "float32")
+    highest, total = span(0, lanes), span(lanes, lanes)
+    lowest = spread(tirx.const(LOWEST, "float32"), lanes)
+    zero = spread(tirx.const(0.0, "float32"), lanes)
 
-    def score(i: int) -> PrimExpr:
-        present = span(integer(i * lanes), lanes) < spread(length, lanes)
-        value = scores[span(row * integer(BLOCK) + integer(i * lanes), lanes)]
-        return tirx.Select(present, value, constant(LOWEST, value))
+    def chosen(i: PrimExpr, value: PrimExpr, otherwise: PrimExpr) -> PrimExpr:
+        present = span(i * integer(lanes), lanes) < spread(length, lanes)
+        return tirx.Select(present, value, otherwise)
 
-    def weight(i: int, largest: PrimExpr) -> PrimExpr:
-        present = span(integer(i * lanes), lanes) < spread(length, lanes)
-        value = scores[span(row * integer(BLOCK) + integer(i * lanes), lanes)]
-        power = exp_of_nonpositive(value - spread(largest, lanes))
-        return bind(tirx.Select(present, power, constant(0.0, value)))
+    def at(i: PrimExpr) -> PrimExpr:
+        return span(row * integer(BLOCK) + i * integer(lanes), lanes)
 
-    vector = score(0)
-    for i in range(1, BLOCK // lanes):
-        vector = tirx.max(vector, score(i))
+    store(state, highest, lowest)
+    with T.serial(integer(0), integer(BLOCK // lanes)) as i:
+        store(state, highest, tirx.max(state[highest], chosen(i, scores[at(i)], lowest)))
     before = bind(partial[part.maximum(row)])
-    largest = bind(tirx.max(tree_reduce(vector, lanes, tirx.max), before))
-    total = constant(0.0, vector)
-    for i in range(BLOCK // lanes):
-        power = weight(i, largest)
-        store(scores, span(row * integer(BLOCK) + integer(i * lanes), lanes), power)
-        total = bind(total + power)
+    largest = bind(tirx.max(tree_reduce(state[highest], lanes, tirx.max), before))
+    store(state, total, zero)
+    with T.serial(integer(0), integer(BLOCK // lanes)) as i:
+        power = exp_of_nonpositive(scores[at(i)] - spread(largest, lanes))
+        power = bind(chosen(i, power, zero))
+        store(scores, at(i), power)
+        store(state, total, state[total] + power)
     scale = bind(exp_of_nonpositive(before - largest))
-    added = tree_reduce(total, lanes, lambda a, b: a + b)
+    added = tree_reduce(state[total], lanes, lambda a, b: a + b)
     store(scales, row, scale)
     store(partial, part.maximum(row), largest)
     store(partial, part.total(row), partial[part.total(row)] * scale + added)

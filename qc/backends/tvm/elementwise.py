@@ -20,6 +20,7 @@ from qc.backends.tvm.append import is_cache
 from qc.backends.tvm.expression import TirRendering, load_from
 from qc.backends.tvm.function import Function, build, for_each, integer, known_product, span, store
 from qc.backends.tvm.kernel import Kernel, KernelRule, Region
+from qc.backends.tvm.reductions import reduction
 from qc.backends.tvm.vector_math import (
     ELEMENTWISE,
     TVM_NAMES,
@@ -452,4 +453,4 @@ def emit_row(
             store(result, base + j, elements.value(root, (*index, j)))
 
 
-elementwise_rules: tuple[KernelRule, ...] = (elementwise,)
+elementwise_rules: tuple[KernelRule, ...] = (elementwise, reduction)
