@@ -1,0 +1,1 @@
+"""Speed and accuracy beside peers, measured in turn on the same machine and the same model."""
