@@ -57,7 +57,11 @@ def exact_quotient(numerator: Dim, denominator: Dim) -> Dim | None:
     """Return numerator / denominator where it is a polynomial with integer coefficients."""
     if isinstance(numerator, int) and isinstance(denominator, int):
         return numerator // denominator if denominator and numerator % denominator == 0 else None
+    if denominator == 0:
+        return None
     quotient = sympy.cancel(sympy.sympify(numerator) / denominator)
+    if quotient.is_Rational:
+        return int(quotient) if quotient.is_Integer else None
     if not quotient.is_polynomial():
         return None
     if any(not c.is_Integer for c in sympy.Poly(quotient, *quotient.free_symbols).coeffs()):
