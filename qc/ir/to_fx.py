@@ -88,7 +88,8 @@ class Translation:
             value = self.fx.call_function(op.operator, args, kwargs)
         else:
             attributes = {name: self.fill(each, ()) for name, each in attributes_of(op)}
-            value = self.fx.call_function(function_of(type(op)), inputs, attributes)
+            cls: Any = type(op)  # not type[Op], which the type checker takes to be unhashable
+            value = self.fx.call_function(function_of(cls), inputs, attributes)
         value.meta["origin"] = str(node.origin)
         return value
 
