@@ -7,7 +7,6 @@ runs together; where they do not, the loop goes element by element.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
@@ -80,12 +79,11 @@ def divisor_of(dim: Dim) -> int:
 class Elements:
     """Trace elements of a body back to its inputs.
 
-    `known` answers for nodes whose values are already at hand: (node, index) -> value or None.
+    `tables` are the inputs that are decoded; `bound` what the loop being written has computed.
     """
 
     function: Function
     lanes: int
-    known: Callable[[Node, tuple[Coordinate, ...]], PrimExpr | None] | None = None
     tables: dict[Node, tuple[WeightFormat, dict[str, Any]]] = field(default_factory=dict)
     bound: dict[tuple[object, ...], PrimExpr] = field(default_factory=dict)
 
@@ -94,10 +92,6 @@ class Elements:
 
         What several nodes read is computed once, by a binding in the loop that is being written.
         """
-        if self.known is not None:
-            found = self.known(node, index)
-            if found is not None:
-                return found
         if len(self.function.region.body.users[node]) < 2 or branch_depth.get():
             return self.computed(node, index)
         key = (node, *map(str, index))
