@@ -26,7 +26,7 @@ NAME_BYTES, AXES, ALIGNMENT = 65535, 4, 32
 
 NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
            10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
-STRING, ARRAY = 8, 9
+U32, STRING, ARRAY = 4, 8, 9
 """Types of values."""
 
 PLAIN = {"F16": np.float16, "F32": np.float32, "F64": np.float64,
@@ -188,9 +188,7 @@ def read_info(cursor: Cursor) -> tuple[str, Info]:
     kind = GGMLQuantizationType(code)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if not all(sizes) or sizes[0] % block:
-        raise ValueError(
-            f"the tensor {name} has sizes {list(sizes)}, which {kind.name} cannot have"
-        )
+        raise ValueError(f"the tensor {name} has sizes {list(sizes)}, impossible for {kind.name}")
     return name, (sizes, kind, offset, math.prod(sizes) // block * block_bytes)
 
 
@@ -198,7 +196,10 @@ def alignment_of(fields: dict[str, Field]) -> int:
     """Return the alignment of the data."""
     if "general.alignment" not in fields:
         return ALIGNMENT
-    value = int(fields["general.alignment"].parts[0][0])
+    stated = fields["general.alignment"]
+    if stated.types != [U32]:
+        raise ValueError("its general.alignment is no u32")
+    value = int(stated.parts[0][0])
     if not 8 <= value <= 1 << 16 or value & (value - 1):
         raise ValueError(f"its alignment is {value}, which is no power of two from 8 to 65536")
     return value

@@ -185,10 +185,8 @@ def load(folder: Path, architecture: Any) -> Any:
     except Exception as error:
         raise ModelError(f"transformers cannot load {folder}: {first_line(error)}") from error
     if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"{folder} lacks {len(missing)} weights of the model, such as {missing[0]}"
-        )
+        missing = min(report["missing_keys"])
+        raise ModelError(f"{folder} lacks weights of the model, such as {missing}")
     return model.eval()
 
 
