@@ -12,7 +12,8 @@ from qc.ir.target import parse_target
 from qc.passes.pipeline import Pipeline
 from qc.passes.recipes import RECIPES, Recipe
 from qc.progress import progress_bar
-from qc.stages import CapturedModel, silent
+from qc.runtime.package import check_place
+from qc.stages import CapturedModel, resolve_recipe, silent
 
 if TYPE_CHECKING:
     from qc.runtime import Artifact
@@ -41,13 +42,17 @@ def compile(
 
     The recipe is the one that the target names unless `recipe` says otherwise. With `output` the
     artifact is written there. `progress=True` shows a bar; a function gets (step, fraction).
-    TargetError and RecipeError list the nearest names, before anything is read.
+    TargetError and RecipeError list the nearest names, and ArtifactError refuses an `output` that
+    cannot be written, before anything is read.
     """
     machine, recipe_name = parse_target(target, RECIPES)
+    passes = resolve_recipe(recipe or recipe_name)
+    if output is not None:
+        check_place(output)
     shown = progress_bar() if progress is True else nullcontext(progress or silent)
     with shown as report:
         report("capture", 0.0)
         captured = trace(model, example_inputs)
-        quantized = captured.quantize(recipe or recipe_name, report)
+        quantized = captured.quantize(passes, report)
         planned = quantized.lower(machine, report)
         return planned.build(output, target, report)

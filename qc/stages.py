@@ -155,7 +155,7 @@ class PlannedModel:
             "ir/canonical.txt": str(self.quantized.canonical),
             "ir/quantized.txt": str(self.quantized.graph),
             "ir/planned.txt": str(self.graph),
-            "ir/log.txt": "\n".join(str(step) for step in self.quantized.log),
+            "ir/log.txt": "\n".join(step.text for step in self.quantized.log),
         }
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from qc.errors import ArtifactError
 from qc.runtime.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest, is_file_name
 from qc.runtime.safetensors_file import TensorSource, write_safetensors
 
-__all__ = ["ArtifactWriter", "copy_artifact", "file_entry"]
+__all__ = ["ArtifactWriter", "check_place", "copy_artifact", "file_entry"]
 
 
 class ArtifactWriter:
@@ -109,6 +109,16 @@ def file_entry(path: Path) -> FileEntry:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileEntry(file.tell(), digest)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raise ArtifactError unless an artifact can be written to `path`; change nothing."""
+    place = Path(path).absolute()
+    _refuse_foreign(place)
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "permission denied" if parent.is_dir() else f"{parent} is not a folder"
+        raise ArtifactError(f"cannot write to {place.parent}: {reason}")
 
 
 def _refuse_foreign(path: Path) -> None:
