@@ -61,7 +61,19 @@ class Report:
             parts.append(
                 "\n".join(f"{key.ljust(width)}  {_format_cell(v)}" for key, v in summary.items())
             )
+        stayed = self.content.get("on_torch")
+        if isinstance(stayed, list):
+            parts.append(_describe_torch(stayed))
         return "\n\n".join(parts) or "(this artifact has no report)"
+
+
+def _describe_torch(stayed: Sequence[Mapping[str, Any]]) -> str:
+    """List the operations that no kernel does, each with the places where it occurs."""
+    places: dict[str, list[str]] = {}
+    for each in stayed:
+        places.setdefault(str(each.get("op")), []).append(str(each.get("origin") or "the model"))
+    lines = [f"  {op} at {', '.join(dict.fromkeys(at))}" for op, at in places.items()]
+    return "\n".join(["stayed on torch:", *lines]) if lines else "nothing stayed on torch"
 
 
 @dataclass(frozen=True, slots=True)
