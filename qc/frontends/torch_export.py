@@ -22,8 +22,8 @@ from qc.errors import ModelError, UnsupportedError
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, Origin, make
+from qc.ir.types import DTYPE_NAMES, TensorType, TupleType, ValueType, as_dim, symbol
 from qc.ir.types import Dim as Dimension
-from qc.ir.types import TensorType, TupleType, ValueType, as_dim, symbol
 from qc.ir.weights.dense import Dense
 from qc.ir.weights.weight import Weight
 
@@ -307,7 +307,7 @@ class Translation:
         operands: list[Node] = []
         args = tuple(self.template(a, env, operands) for a in node.args)
         kwargs = {k: self.template(a, env, operands) for k, a in node.kwargs.items()}
-        op = ops.Torch(str(target), args, portable(kwargs), self.value_type(value))
+        op = ops.Torch(str(target), args, portable(kwargs), self.value_type(value, origin))
         return make(op, *operands, origin=origin)
 
     def inline(self, node: fx.Node, env: dict[fx.Node, Any], origin: Origin) -> Any:
@@ -352,16 +352,19 @@ class Translation:
             raise ModelError("the model returns no tensor")
         return "output", found[0]
 
-    def value_type(self, value: Any) -> ValueType:
+    def value_type(self, value: Any, origin: Origin) -> ValueType:
         """Read the type of a call's result off its example value."""
         if isinstance(value, Tensor):
-            return self.tensor_type(value)
+            return self.tensor_type(value, origin)
         if isinstance(value, list | tuple) and all(isinstance(v, Tensor) for v in value):
-            return TupleType(tuple(self.tensor_type(v) for v in value))
+            return TupleType(tuple(self.tensor_type(v, origin) for v in value))
         raise UnsupportedError(f"a call that returns {type(value).__name__} cannot be captured")
 
-    def tensor_type(self, value: Tensor) -> TensorType:
+    def tensor_type(self, value: Tensor, origin: Origin | None = None) -> TensorType:
         """Read shape and dtype, with the symbols' new names."""
+        if value.dtype not in DTYPE_NAMES:
+            where = origin.module if origin else None
+            raise UnsupportedError(f"values of {value.dtype} cannot be captured", origin=where)
         return TensorType(tuple(self.dimension(d) for d in value.shape), value.dtype)
 
     def dimension(self, value: torch.SymInt | int, origin: Origin | None = None) -> Dimension:

@@ -28,7 +28,7 @@ from qc.errors import UnsupportedError
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
 from qc.ir.graph import Graph, map_nodes
-from qc.ir.node import Node
+from qc.ir.node import Node, make
 from qc.ir.target import Target
 from qc.ir.types import (
     DTYPE_NAMES,
@@ -336,13 +336,21 @@ class Lowering:
         for name, node in zip(self.graph.output_names, self.graph.outputs, strict=True):
             if name in present_names(self.graph, self.states):
                 continue
-            index = self.places[node]["values"]
+            index = self.computed(node)
             value = self.program.values[index]
-            if value.kind != "scratch":
-                raise UnsupportedError(f"output {name} is not computed but a {value.kind}")
             shape = tuple(dim_text(d) for d in node.tensor.shape)
             self.program.values[index] = replace(value, name=name, kind="output", shape=shape)
             self.program.outputs.append(name)
+
+    def computed(self, node: Node) -> int:
+        """Return the buffer of an output; a copy where it is an input, stored, or taken."""
+        index = self.places.get(node, {}).get("values")
+        if index is not None and self.program.values[index].kind == "scratch":
+            return index
+        copy = make(ops.Cast(node.tensor.dtype), node)
+        copied = fuse("copy", copy, frozenset({copy}))
+        self.place(copied)
+        return self.places[copied]["values"]
 
 
 def released_once(array: Tensor) -> Callable[[], Tensor]:
