@@ -54,9 +54,9 @@ class Dense(Term):
         return Dense(torch.cat([self.values, *(o.arrays()["values"] for o in others)]))
 
     def rows(self, index: Tensor) -> Dense:
-        first, last = int(index[0]), int(index[-1])
-        if torch.equal(index, torch.arange(first, last + 1)):
-            return Dense(self.values[first : last + 1])  # a view: the file stays mapped
+        if bool((index.diff() == 1).all()):
+            first = int(index[0])
+            return Dense(self.values[first : first + len(index)])  # a view: the file stays mapped
         return Dense(self.values[index])
 
     def dense(self) -> Tensor:
