@@ -151,8 +151,10 @@ class Weight:
         return self.bits / max(1, self.elements)
 
     def dense(self) -> Tensor:
-        """Decode to a tensor of the logical dtype."""
-        total = reduce(torch.add, (term.dense() for term in self.terms))
+        """Decode to a tensor of the logical dtype; terms are added in float32."""
+        if len(self.terms) == 1:
+            return self.terms[0].dense().to(self.dtype)
+        total = reduce(torch.add, (term.dense().float() for term in self.terms))
         return total.to(self.dtype)
 
     def rows(self, index: Tensor, name: str) -> Weight | None:
