@@ -105,6 +105,6 @@ def value_of(
         return value
     try:
         return node.op.meaning(*(computed[i] for i in node.inputs), sizes=sizes)
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError, LookupError) as error:
         where = f" at {node.origin}" if node.origin.module else ""
         raise UnsupportedError(f"torch could not compute {node.op}{where}: {error}") from error
