@@ -46,7 +46,20 @@ def capture(
     with evaluation_mode(model), float32_parameters(model) as originals:
         program = export(model, args, kwargs)
         tensors = {**program.constants, **program.state_dict}
-        return Translation(program, {**tensors, **originals, **(stored or {})}).graph()
+        graph = Translation(program, {**tensors, **originals, **(stored or {})}).graph()
+    if example is None:
+        require_variable_sizes(graph, model)
+    return graph
+
+
+def require_variable_sizes(graph: Graph, model: nn.Module) -> None:
+    """Refuse a transformers model that computes for one size of batch or sequence only."""
+    for node in graph.inputs:
+        axes = node.tensor.shape[: 1 if node.tensor.is_float else 2]
+        if any(isinstance(size, int) for size in axes):
+            raise UnsupportedError(
+                f"{type(model).__name__} works for one size of its input only: {node.type}"
+            )
 
 
 # ---------------------------------------------------------------- the example inputs
@@ -303,7 +316,9 @@ class Translation:
         if value is None or isinstance(value, bool | torch.SymBool):
             return value  # assertions: nothing reads them
         if not isinstance(target, torch._ops.OpOverload):
-            raise UnsupportedError(f"a call of {target} cannot be captured", origin=origin.module)
+            raise UnsupportedError(
+                f"a call of {target} cannot be captured", origin=origin.module or None
+            )
         operands: list[Node] = []
         args = tuple(self.template(a, env, operands) for a in node.args)
         kwargs = {k: self.template(a, env, operands) for k, a in node.kwargs.items()}
@@ -315,7 +330,9 @@ class Translation:
         name = str(node.target)
         skipped = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
         if skipped is None or (name == "wrap_with_autocast" and node.args[2]):
-            raise UnsupportedError(f"a block of {name} cannot be captured", origin=origin.module)
+            raise UnsupportedError(
+                f"a block of {name} cannot be captured", origin=origin.module or None
+            )
         held: Any = fx.map_arg(node.args[skipped:], lambda n: env[n])
         body, *arguments = held
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
@@ -363,7 +380,7 @@ class Translation:
     def tensor_type(self, value: Tensor, origin: Origin | None = None) -> TensorType:
         """Read shape and dtype, with the symbols' new names."""
         if value.dtype not in DTYPE_NAMES:
-            where = origin.module if origin else None
+            where = origin.module or None if origin else None
             raise UnsupportedError(f"values of {value.dtype} cannot be captured", origin=where)
         return TensorType(tuple(self.dimension(d) for d in value.shape), value.dtype)
 
@@ -376,7 +393,7 @@ class Translation:
         if unknown:
             raise UnsupportedError(
                 f"the size {dim} depends on values, not on the shapes of the inputs",
-                origin=origin.module if origin else None,
+                origin=origin.module or None if origin else None,
             )
         return as_dim(dim.xreplace(self.symbols))
 

@@ -145,6 +145,17 @@ def test_encoder_decoders_are_refused() -> None:
         open_model(T5Model(config))
 
 
+def test_models_of_one_size_are_refused() -> None:
+    model = families.build("llama", num_hidden_layers=1)
+
+    def fix_length(module: nn.Module, arguments: tuple[Tensor]) -> None:
+        torch.linspace(0, 1, arguments[0].shape[1])  # takes an int
+
+    model.model.embed_tokens.register_forward_pre_hook(fix_length)
+    with pytest.raises(UnsupportedError, match="works for one size of its input only"):
+        capture(model)
+
+
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(ModelError, match="not 3"):
         open_model(3)  # type: ignore[arg-type]
