@@ -25,6 +25,9 @@ from qc.runtime.package import ArtifactWriter
 from qc.runtime.safetensors_file import TensorSource
 
 Progress = Callable[[str, float], None]
+UNNEEDED_PASSES = ["s_tir.CompactBufferAllocation"]
+"""Shrinks buffers to what a schedule leaves of them. The rules allocate what they need, and the pass
+took a fifth of the compile time."""
 NATIVE = Path(qc.runtime.__file__).parent / "native"
 
 
@@ -39,11 +42,12 @@ def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
         name: kernel.function.with_attr("global_symbol", name) for name, kernel in kernels.items()
     }
     module = tvm.IRModule(functions).with_attr("system_lib_prefix", "qc_")
-    return tvm.compile(module, target=llvm_target(target)).mod
+    with tvm.transform.PassContext(disabled_pass=UNNEEDED_PASSES):
+        return tvm.compile(module, target=llvm_target(target)).mod
 
 
-def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> str:
-    """Write model.so: the kernels and the native runtime. Return the kernels' assembly.
+def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> None:
+    """Write model.so: the kernels and the native runtime.
 
     TargetError where this machine has no C compiler, or the compiler fails.
     """
@@ -57,7 +61,6 @@ def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> s
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise TargetError(f"{command[0]} could not link the kernels: {done.stderr[-400:]}")
-    return str(module.inspect_source("asm"))
 
 
 def c_compiler() -> list[str]:
@@ -75,11 +78,10 @@ def write_program(lowered: Lowered, writer: ArtifactWriter, progress: Progress) 
     """Put the weights, the library and the kernels' sources into an artifact."""
     progress("compile kernels", 0.0)
     library = writer.file(LIBRARY)
-    assembly = link_library(lowered.kernels, lowered.target, library)
+    link_library(lowered.kernels, lowered.target, library)
     writer.keep(LIBRARY)
     for name, kernel in lowered.kernels.items():
         writer.add(f"source/{name}.py", kernel.function.script().encode())
-    writer.add("source/kernels.s", assembly.encode())
     writer.add_weights(dict(tensor_sources(lowered, progress)))
 
 
