@@ -1,6 +1,6 @@
 """Compile the real model, compare it with OpenVINO, write JSON and a table.
 
-    python -m benchmarks MODEL_FOLDER TEXT_FILE [OUTPUT.json]
+python -m benchmarks MODEL_FOLDER TEXT_FILE [OUTPUT.json]
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def openvino_python() -> Path:
 
 
 def openvino_model(model: Path) -> Path:
-    """Convert a Hugging Face folder as OpenVINO's users do: int4 symmetric, groups of 32, int8 head."""
+    """Convert a Hugging Face folder as OpenVINO's users do: int4, groups of 32, int8 head."""
     folder = PEERS / f"{model.name}-openvino-int4"
     if not (folder / "openvino_model.xml").exists():
         command = [str(openvino_python().parent / "optimum-cli"), "export", "openvino"]

@@ -1,6 +1,6 @@
 """The main job on a real model: compile SmolLM2-135M-Instruct to int4, generate, compare.
 
-    python examples/demo.py MODEL_FOLDER TEXT_FILE [OUTPUT]
+python examples/demo.py MODEL_FOLDER TEXT_FILE [OUTPUT]
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ def reference_logits(artifact: Artifact, named: str | None) -> Logits | None:
     label = artifact.manifest.inputs[0]
 
     def logits(ids: Any) -> Any:
-        return np.asarray(model(**{label: torch.from_numpy(ids)})["logits"])
+        inputs = {label: torch.from_numpy(ids)}
+        return np.asarray(model(None, **inputs)["logits"])
 
     return logits
 

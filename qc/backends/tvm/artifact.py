@@ -41,9 +41,7 @@ def manifest_of(lowered: Lowered, facts: ArtifactFacts, has_tokenizer: bool) -> 
         inputs=tuple(lowered.inputs),
         outputs=tuple(lowered.outputs),
         context_length=facts.context_length,
-        generate=generation_facts(
-            lowered.inputs, lowered.outputs, facts.eos, facts.bos, states
-        ),
+        generate=generation_facts(lowered.inputs, lowered.outputs, facts.eos, facts.bos, states),
         report={**facts.report, "on_torch": stayed, "kernels": len(lowered.kernels)},
         tokenizer=has_tokenizer,
     )

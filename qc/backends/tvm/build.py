@@ -26,8 +26,8 @@ from qc.runtime.safetensors_file import TensorSource
 
 Progress = Callable[[str, float], None]
 UNNEEDED_PASSES = ["s_tir.CompactBufferAllocation"]
-"""Shrinks buffers to what a schedule leaves of them. The rules allocate what they need, and the pass
-took a fifth of the compile time."""
+"""Shrinks buffers to what a schedule leaves of them. The rules allocate what they need, and the
+pass took a fifth of the compile time."""
 NATIVE = Path(qc.runtime.__file__).parent / "native"
 
 

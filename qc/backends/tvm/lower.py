@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import sympy
 import torch
@@ -314,7 +315,7 @@ class Lowering:
         )
         self.program.on_torch.append((op.overload, node.origin.module))
 
-    def torch_operand(self, node: Node) -> dict[str, object]:
+    def torch_operand(self, node: Node) -> dict[str, Any]:
         """Return the template entry of a tensor operand."""
         if isinstance(node.op, ops.Parameter):
             index = self.stored(node, "dense", node.op.weight.dense)
@@ -466,7 +467,7 @@ def table_rows(graph: Graph, ids: Node) -> int | None:
     return min(rows, default=None)
 
 
-def torch_template(argument: object, operands: Sequence[Mapping[str, object]]) -> object:
+def torch_template(argument: object, operands: Sequence[Mapping[str, Any]]) -> object:
     """Turn an argument of an ATen call into the JSON template of a torch step."""
     if isinstance(argument, ops.Operand):
         return dict(operands[argument.index])
