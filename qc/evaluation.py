@@ -45,9 +45,13 @@ class Evaluation:
 def windows_of(
     tokens: Sequence[int], size: int = 512, count: int | None = None
 ) -> list[NDArray[np.int64]]:
-    """Cut a stream of token ids into windows [1, size]; InputError where it holds none."""
+    """Cut a stream of token ids into windows [1, size]; InputError where there are none."""
+    if size < 2:
+        raise InputError(f"a window has at least 2 tokens, not {size}")
+    if count is not None and count < 1:
+        raise InputError(f"at least 1 window is needed, not {count}")
     whole = len(tokens) // size
-    if size < 2 or whole == 0:
+    if whole == 0:
         raise InputError(f"the text has {len(tokens)} tokens, less than one window of {size}")
     used = whole if count is None else min(whole, count)
     stream = np.asarray(tokens[: used * size], np.int64).reshape(used, 1, size)
