@@ -57,11 +57,21 @@ class Index(Expr):
         return self.axis
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Const(Expr):
-    """An integer (i32) or a float (f32)."""
+    """An integer (i32) or a float (f32); 1 and 1.0 are not equal."""
 
     value: int | float
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Const) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def key(self) -> tuple[type, int | float]:
+        return type(self.value), self.value
 
     def __str__(self) -> str:
         return str(self.value)
@@ -116,9 +126,9 @@ def as_expr(value: Expr | int | float) -> Expr:
 def arith(kind: str, left: Expr | int | float, right: Expr | int | float) -> Expr:
     """Build left `kind` right, folding integer constants."""
     left, right = as_expr(left), as_expr(right)
-    if isinstance(left, Const) and isinstance(right, Const) and isinstance(left.value, int):
-        folded = INTEGER_RULES[kind](torch.tensor(left.value), torch.tensor(right.value))
-        return Const(int(folded))
+    match left, right:
+        case Const(int(a)), Const(int(b)):
+            return Const(int(INTEGER_RULES[kind](torch.tensor(a), torch.tensor(b))))
     return Arith(kind, left, right)
 
 
