@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +19,8 @@ PROBE_SIZES = {"batch": 2, "seq": 7, "past": 0, "keep": 7}
 
 
 def relative_difference(before: Graph, after: Graph, seed: int = 0) -> float:
-    """Return the largest relative L2 distance of the outputs that both graphs have.
+    """Return the largest relative L2 distance of the outputs of `before`; infinity where `after`
+    lacks one or gives it another shape.
 
     Inputs are random; integer inputs stay below the smallest table that they index.
     """
@@ -26,14 +28,20 @@ def relative_difference(before: Graph, after: Graph, seed: int = 0) -> float:
     sizes = {"keep": PROBE_SIZES["keep"], "past": PROBE_SIZES["past"]}
     left = evaluate(before, values, sizes)
     right = evaluate(after, values, sizes)
-    shared = [name for name in before.output_names if name in right]
-    return max((distance(left[name], right[name]) for name in shared), default=0.0)
+    if not right.keys() >= left.keys():
+        return math.inf
+    return max(distance(value, right[name]) for name, value in left.items())
 
 
 def distance(reference: Tensor, other: Tensor) -> float:
-    """Return |other - reference| / |reference| in the L2 norm."""
+    """Return |other - reference| / |reference| in the L2 norm; infinity where there is none."""
+    if reference.shape != other.shape:
+        return math.inf
+    if torch.equal(reference, other):
+        return 0.0
     reference, other = reference.double(), other.double()
-    return float((other - reference).norm() / reference.norm().clamp_min(1e-30))
+    relative = float((other - reference).norm() / reference.norm().clamp_min(1e-30))
+    return math.inf if math.isnan(relative) else relative
 
 
 def random_inputs(inputs: Iterable[Node], graphs: Iterable[Graph], seed: int) -> dict[str, Tensor]:
