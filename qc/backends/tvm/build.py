@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.lower import Lowered
 from qc.errors import TargetError
 from qc.ir.target import Target
+from qc.ir.threads import side_by_side
 from qc.ir.types import DTYPE_NAMES
 from qc.runtime.manifest import LIBRARY
 from qc.runtime.package import ArtifactWriter
@@ -86,20 +88,19 @@ def write_program(lowered: Lowered, writer: ArtifactWriter, progress: Progress) 
 
 
 def tensor_sources(lowered: Lowered, progress: Progress) -> Iterator[tuple[str, TensorSource]]:
-    """Promise every stored array, computed when its turn to be written has come."""
-    total = len(lowered.arrays)
-    shapes = {v.tensor: v for v in lowered.values if v.tensor is not None}
-    for number, (name, compute) in enumerate(lowered.arrays.items()):
-        value = shapes[name]
+    """Promise every stored array, computed shortly before its turn to be written comes."""
+    promised = {v.tensor: v for v in lowered.values if v.tensor is not None}
+    computed = side_by_side(lambda name: as_numpy(lowered.arrays[name]()), lowered.arrays)
 
-        def load(
-            compute: Callable[[], torch.Tensor] = compute, number: int = number
-        ) -> np.ndarray[Any, Any]:
-            progress("write weights", number / total)
-            return as_numpy(compute())
+    def load(name: str, number: int) -> np.ndarray[Any, Any]:
+        progress("write weights", number / len(promised))
+        written, array = next(computed)
+        assert written == name, "arrays are written in the order in which they are computed"
+        return array
 
-        shape = tuple(int(d) for d in value.shape)
-        yield name, TensorSource(value.dtype, shape, load)
+    for number, name in enumerate(lowered.arrays):
+        shape = tuple(int(d) for d in promised[name].shape)
+        yield name, TensorSource(promised[name].dtype, shape, partial(load, name, number))
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

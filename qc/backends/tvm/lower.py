@@ -40,6 +40,7 @@ from qc.ir.types import (
     dim_symbols,
     symbol,
 )
+from qc.ir.weights.weight import ArraySpec
 from qc.runtime.expression import parse_expression
 from qc.runtime.manifest import KernelStep, Scalar, Step, TorchStep, Value, ValueArg
 
@@ -95,6 +96,7 @@ class Lowering:
         self.program = Lowered(target)
         self.places: dict[Node, Place] = {}
         self.kernel_of: dict[object, tuple[str, Kernel] | None] = {}
+        self.specs: dict[object, ArraySpec] = {}
         self.states = cache_inputs(graph)
 
     # ---- values
@@ -268,19 +270,31 @@ class Lowering:
         name = f"{layout}{argument.array}"
         if repack is None:
             return self.stored(operand, name, lambda: weight.arrays()[argument.array])
-        return self.stored(operand, name, lambda: repack(weight)[argument.array])
+        alike = (str(weight.format), weight.shape, name)
+        return self.stored(operand, name, lambda: repack(weight)[argument.array], alike)
 
-    def stored(self, parameter: Node, array: str, compute: Callable[[], Tensor]) -> int:
-        """Add a stored array of a parameter, once."""
+    def stored(
+        self,
+        parameter: Node,
+        array: str,
+        compute: Callable[[], Tensor],
+        alike: object = None,
+    ) -> int:
+        """Add a stored array of a parameter, once.
+
+        It is computed when it is written. Only its shape and dtype are needed now: those of the
+        first array that was `alike` serve for all others.
+        """
         place = self.places.setdefault(parameter, {})
         if array not in place:
             assert isinstance(parameter.op, ops.Parameter)
             tensor = self.unused_name(f"{parameter.op.weight.name}.{array}".replace(":", "."))
-            example = compute()
-            self.program.arrays[tensor] = released_once(example)
-            place[array] = self.add_value(
-                tensor, example.dtype, tuple(example.shape), "weight", tensor
-            )
+            spec = self.specs.get(alike) if alike is not None else None
+            if spec is None:
+                example = compute()
+                spec = self.specs[alike] = ArraySpec(tuple(example.shape), example.dtype)
+            self.program.arrays[tensor] = compute
+            place[array] = self.add_value(tensor, spec.dtype, spec.shape, "weight", tensor)
         return place[array]
 
     def unused_name(self, name: str) -> str:
@@ -352,12 +366,6 @@ class Lowering:
         copied = fuse("copy", copy, frozenset({copy}))
         self.place(copied)
         return self.places[copied]["values"]
-
-
-def released_once(array: Tensor) -> Callable[[], Tensor]:
-    """Return a function that gives `array` away, so that it is freed once it is written."""
-    held = [array]
-    return lambda: held.pop()
 
 
 def dim_text(dim: Dim) -> int | str:

@@ -15,6 +15,7 @@ from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.quantized import split_groups
 from qc.ir.rewrite import substitute
+from qc.ir.threads import side_by_side
 from qc.ir.weights.grouped import Grouped, GroupedFormat, encode_codes
 from qc.ir.weights.weight import Term, Weight
 from qc.passes.pipeline import Context, Pass
@@ -94,16 +95,22 @@ class RoundToNearest(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         linears = list(quantizable_linears(graph))
+        parameters = list(dict.fromkeys(linear.inputs[1] for linear in linears))
         quantized: dict[Node, Node] = {}
-        replacements: dict[Node, Node] = {}
-        for number, linear in enumerate(linears):
-            parameter = linear.inputs[1]
-            if parameter not in quantized:
-                context.progress(f"quantize {parameter_name(parameter)}", number / len(linears))
-                quantized[parameter] = self.quantize(parameter)
-            operands = (linear.inputs[0], quantized[parameter], *linear.inputs[2:])
-            origin = linear.origin.touched_by(self.name)
-            replacements[linear] = make(linear.op, *operands, origin=origin)
+        for parameter, stored in side_by_side(self.quantize, parameters):
+            quantized[parameter] = stored
+            name = parameter_name(parameter)
+            context.progress(f"quantize {name}", len(quantized) / len(parameters))
+        replacements = {
+            linear: make(
+                linear.op,
+                linear.inputs[0],
+                quantized[linear.inputs[1]],
+                *linear.inputs[2:],
+                origin=linear.origin.touched_by(self.name),
+            )
+            for linear in linears
+        }
         return substitute(graph, replacements)
 
     def quantize(self, parameter: Node) -> Node:

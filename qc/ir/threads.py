@@ -1,0 +1,47 @@
+"""Work on many weights at once: whole weights side by side, one torch thread each.
+
+Torch's own threads share the work of every small operation and spin while they wait for each other.
+On a machine that others use too this collapses: repacking a 135M model took 25 s instead of 1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, function(item)) in order, computed on every CPU of this process.
+
+    At most two results a CPU are computed ahead, which bounds the memory that waits. What
+    `function` raises is raised here.
+    """
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    threads = torch.get_num_threads()
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    remaining = iter(items)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            while True:
+                for item in remaining:
+                    waiting.append((item, pool.submit(function, item)))
+                    if len(waiting) > 2 * workers:
+                        break
+                if not waiting:
+                    return
+                item, future = waiting.popleft()
+                yield item, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+            torch.set_num_threads(threads)
