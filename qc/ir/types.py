@@ -7,6 +7,7 @@ sympy already, so its shapes arrive here as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import TypeAlias
 
@@ -81,9 +82,15 @@ def dim_symbols(shape: tuple[Dim, ...]) -> set[str]:
     return {s.name for d in shape if not isinstance(d, int) for s in d.free_symbols}
 
 
+@lru_cache(maxsize=4096)
+def dim_name(dim: Dim) -> str:
+    """Print a dimension; graphs have few different ones and print them often."""
+    return str(dim)
+
+
 def shape_text(shape: tuple[Dim, ...]) -> str:
     """Print a shape the way graphs print it: `[batch, past + seq, 576]`."""
-    return "[" + ", ".join(str(d) for d in shape) + "]"
+    return "[" + ", ".join(dim_name(d) for d in shape) + "]"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from qc.ir.types import (
     TensorType,
     TupleType,
     as_dim,
+    dim_name,
     dim_symbols,
     symbol,
 )
@@ -293,6 +294,7 @@ class Lowering:
             if spec is None:
                 example = compute()
                 spec = self.specs[alike] = ArraySpec(tuple(example.shape), example.dtype)
+                compute = given_once(example)
             self.program.arrays[tensor] = compute
             place[array] = self.add_value(tensor, spec.dtype, spec.shape, "weight", tensor)
         return place[array]
@@ -368,9 +370,15 @@ class Lowering:
         return self.places[copied]["values"]
 
 
+def given_once(array: Tensor) -> Callable[[], Tensor]:
+    """Return a function that gives `array` away, so that it is freed once it is written."""
+    held = [array]
+    return held.pop
+
+
 def dim_text(dim: Dim) -> int | str:
     """Write a dimension for the manifest."""
-    return dim if isinstance(dim, int) else str(dim)
+    return dim if isinstance(dim, int) else dim_name(dim)
 
 
 SEQ, KEEP = symbol("seq"), symbol("keep")
