@@ -58,5 +58,5 @@ def as_array(given: Any, value: Value) -> NDArray[Any]:
 def give_back(result: NDArray[Any], like: Sequence[Any]) -> Any:
     """Return `result` as a torch tensor if any of `like` is one, else as it is."""
     if any(_is_torch(each) for each in like):
-        return sys.modules["torch"].from_numpy(np.ascontiguousarray(result))
+        return sys.modules["torch"].from_numpy(np.asarray(result, order="C"))
     return result

@@ -60,9 +60,17 @@ def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> N
         flags = ["-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-s"]
         sources = [str(compiled), str(NATIVE / "qcrt.c")]
         command = [*c_compiler(), *flags, *sources, "-o", str(path), "-lpthread", "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise TargetError(f"the C compiler {command[0]}: {error.strerror}") from None
         if done.returncode:
-            raise TargetError(f"{command[0]} could not link the kernels: {done.stderr[-400:]}")
+            raise TargetError(f"{command[0]} could not link the kernels: {last_line(done.stderr)}")
+
+
+def last_line(text: str) -> str:
+    """Return the last line with content: what a linker says it failed of."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "it says nothing")
 
 
 def c_compiler() -> list[str]:

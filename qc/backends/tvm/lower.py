@@ -116,7 +116,9 @@ class Lowering:
             case Fused():
                 self.call_fused(node)
             case _:
-                raise UnsupportedError(f"{node.op} at {node.origin} is not planned")
+                raise UnsupportedError(
+                    f"{node.op} is not planned", origin=node.origin.module or None
+                )
 
     def place_input(self, node: Node, label: str) -> Place:
         """Add an input of the call, or a state that the session keeps."""
@@ -200,7 +202,9 @@ class Lowering:
                 continue
             outer = Node(part.op, tuple(image[i] for i in part.inputs), part.type, node.origin)
             if len(inner) == 1:
-                raise UnsupportedError(f"no kernel computes {part.op} at {node.origin}")
+                raise UnsupportedError(
+                    f"no kernel computes {part.op}", origin=node.origin.module or None
+                )
             if not isinstance(part.op, ops.Reshape):
                 outer = fuse(part.op.name, outer, frozenset({outer}))
             self.place(outer)
