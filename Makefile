@@ -36,7 +36,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 format: $(ENVIRONMENT)
 	$(BIN)/ruff check --fix
