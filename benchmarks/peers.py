@@ -18,7 +18,7 @@ def openvino_python() -> Path:
     if not stamp.exists():
         run([sys.executable, "-m", "venv", str(folder)])
         run([str(python), "-m", "pip", "install", "--quiet", *OPENVINO])
-        # optimum-intel brings torchvision, whose only build is for CUDA and breaks beside a CPU torch
+        # optimum-intel brings torchvision, built for CUDA, which breaks beside a CPU torch
         run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"])
         stamp.touch()
     return python
