@@ -17,9 +17,9 @@ from qc.passes.plan.fuse import Fuse
 from qc.passes.prepare import PREPARE
 from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.round_to_nearest import RoundToNearest
+from tests.families import build
 from tests.ir.toys import block_graph, some_ids
 from tests.passes.lift.drawing import BATCH, SEQ, graph, value
-from tests.passes.lift.small_models import build
 
 QUANTIZE = (RoundToNearest(GroupedFormat(4, 32)), QuantizeActivations(ActivationFormat(8, 32)))
 

@@ -15,7 +15,7 @@ import qc
 from qc.errors import ArtifactError, ContextLengthError, InputError, UnsupportedError
 from qc.runtime import Artifact
 from qc.runtime import load as load_native
-from tests.passes.lift.small_models import DECODERS, FAMILIES, build
+from tests.families import DECODERS, FAMILIES, build
 
 PROMPT = [5, 9, 17, 3, 44]
 RECIPES = ("f32", "w8", "w4", "w4a16")

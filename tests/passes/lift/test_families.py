@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qc.frontends.torch_export import capture
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.meaning import evaluate
@@ -19,7 +18,7 @@ from qc.passes.pipeline import Context, Pipeline
 from qc.passes.prepare import PREPARE
 from qc.passes.prepare.explicit_cache import ExplicitCache, empty_cache
 from qc.passes.prepare.trailing_logits import TrailingLogits
-from tests.passes.lift.small_models import DECODERS, FAMILIES, WINDOW, build
+from tests.families import DECODERS, FAMILIES, WINDOW, captured
 
 LENGTH = 2 * WINDOW + 5
 STEPS = (WINDOW + 2, 1, 1, 4, LENGTH - WINDOW - 8)
@@ -34,7 +33,7 @@ class Family:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.captured = capture(build(name))
+        self.captured = captured(name)
         self.lifted = run(self.captured, *PREPARE, *LIFT)
 
     def inputs(self) -> dict[str, Tensor]:

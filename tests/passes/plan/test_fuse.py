@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qc.frontends.torch_export import capture
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.graph import Graph
@@ -23,6 +22,7 @@ from qc.passes.prepare import PREPARE
 from qc.passes.prepare.explicit_cache import ExplicitCache
 from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.round_to_nearest import RoundToNearest
+from tests.families import FAMILIES, captured
 from tests.ir.toys import block_graph
 from tests.passes.lift.drawing import (
     BATCH,
@@ -36,7 +36,6 @@ from tests.passes.lift.drawing import (
     unary,
     value,
 )
-from tests.passes.lift.small_models import FAMILIES, build
 
 QUANTIZE = (RoundToNearest(GroupedFormat(4, 32)), QuantizeActivations(ActivationFormat(8, 32)))
 
@@ -91,7 +90,7 @@ def test_a_block() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_keeps_its_meaning(family: str) -> None:
-    lifted = run(capture(build(family)), *PREPARE, *LIFT)
+    lifted = run(captured(family), *PREPARE, *LIFT)
     after = planned(lifted)
     planned(run(lifted, ExplicitCache(torch.float16), *QUANTIZE))
     assert sum(isinstance(n.op, Fused) for n in after.nodes) < len(lifted.nodes)
