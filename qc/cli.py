@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a full disk, a folder without permission
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"qc: {named}{error.strerror or error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -29,7 +29,7 @@ class LiftActivations(Pass):
     Exact. Hendrycks and Gimpel 2016, section 2; Shazeer 2020, section 2.
     """
 
-    name: ClassVar[str] = "lift activations"
+    name: ClassVar[str] = "lift_activations"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         return rewrite(graph, RULES, self.name)

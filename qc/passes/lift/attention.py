@@ -29,7 +29,7 @@ class LiftAttention(Pass):
     Vaswani et al. 2017, section 3.2.1; soft cap: Gemma Team 2024, section 2; Ainslie et al. 2023.
     """
 
-    name: ClassVar[str] = "lift attention"
+    name: ClassVar[str] = "lift_attention"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         return rewrite(graph, RULES, self.name)

@@ -39,7 +39,7 @@ class SplitLinears(Pass):
     are independent (Golub and Van Loan 2013, section 1.1).
     """
 
-    name: ClassVar[str] = "split linears"
+    name: ClassVar[str] = "split_linears"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         replacements: dict[Node, Node] = {}

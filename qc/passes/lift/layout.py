@@ -30,7 +30,7 @@ class SinkLayout(Pass):
     Exact. The algebra of layout changes: Chen et al. 2018 (TVM), section 3.
     """
 
-    name: ClassVar[str] = "sink layout"
+    name: ClassVar[str] = "sink_layout"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         return rewrite(graph, RULES, self.name)

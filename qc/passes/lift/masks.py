@@ -50,7 +50,7 @@ class LiftMasks(Pass):
     fits none stays. Exact. Windows: Beltagy et al. 2020, section 3.1.
     """
 
-    name: ClassVar[str] = "lift masks"
+    name: ClassVar[str] = "lift_masks"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         attentions = [n for n in graph.nodes if isinstance(n.op, ops.Attention)]

@@ -34,7 +34,7 @@ class LiftNorms(Pass):
     Exact. Zhang and Sennrich 2019, eq. 4; Ba et al. 2016, eq. 4.
     """
 
-    name: ClassVar[str] = "lift norms"
+    name: ClassVar[str] = "lift_norms"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         return rewrite(graph, RULES, self.name)

@@ -29,7 +29,7 @@ class LiftPositions(Pass):
     Positions: Vaswani et al. 2017, section 3.5.
     """
 
-    name: ClassVar[str] = "lift positions"
+    name: ClassVar[str] = "lift_positions"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         lengths = [d for n in graph.inputs for d in n.tensor.shape[1:]]

@@ -37,7 +37,7 @@ class LiftRope(Pass):
     Su et al. 2021, section 3.4.2; partial rotation: Black et al. 2022, section 2.
     """
 
-    name: ClassVar[str] = "lift rope"
+    name: ClassVar[str] = "lift_rope"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         return rewrite(graph, RULES, self.name)

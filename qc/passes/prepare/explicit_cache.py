@@ -34,7 +34,7 @@ class ExplicitCache(Pass):
     float16: rounds keys and values to float16. Pope et al. 2022, section 3.
     """
 
-    name: ClassVar[str] = "explicit cache"
+    name: ClassVar[str] = "explicit_cache"
     dtype: torch.dtype = torch.float32
 
     @property

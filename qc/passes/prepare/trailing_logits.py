@@ -30,7 +30,7 @@ class TrailingLogits(Pass):
     the last position of a prompt in the same way.
     """
 
-    name: ClassVar[str] = "trailing logits"
+    name: ClassVar[str] = "trailing_logits"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         if LOGITS not in graph.output_names:
