@@ -29,28 +29,28 @@ print(time.perf_counter() - start)
 
 
 def main(folder: str, text_file: str, output: str = "build/bench.json") -> None:
-    """Measure everything and print it."""
-    threads = len(os.sched_getaffinity(0))
+    """Measure everything; what is known is written after every part."""
+    results: dict[str, Any] = {"threads": len(os.sched_getaffinity(0))}
+
+    def add(**found: Any) -> None:
+        results.update(found)
+        Path(output).write_text(json.dumps(results, indent=1))
+        print(json.dumps(found, indent=1), flush=True)
+
     python, converted = openvino_python(), openvino_model(Path(folder))
     start = time.perf_counter()
     artifact = qc.compile(folder, "cpu-w4", output=ARTIFACT)
-    compile_seconds = time.perf_counter() - start
-
-    peer = OpenVino(python, converted, threads)
-    comparison = compare_generation(artifact, peer)
+    add(compile_seconds=time.perf_counter() - start)
+    add(load_to_first_token_seconds=load_to_first_token())
+    add(
+        summary=artifact.report().to_dict()["summary"],
+        qc_bytes=sum(entry.bytes for entry in artifact.manifest.files.values()),
+        openvino_bytes=sum(f.stat().st_size for f in converted.glob("openvino_model.*")),
+    )
+    peer = OpenVino(python, converted, results["threads"])
+    add(generation=compare_generation(artifact, peer).to_dict())
     peer.close()
-    results: dict[str, Any] = {
-        "threads": threads,
-        "compile_seconds": compile_seconds,
-        "load_to_first_token_seconds": load_to_first_token(),
-        "qc_bytes": sum(entry.bytes for entry in artifact.manifest.files.values()),
-        "openvino_bytes": sum(f.stat().st_size for f in converted.glob("openvino_model.*")),
-        "summary": artifact.report().to_dict()["summary"],
-        "generation": comparison.to_dict(),
-        "accuracy": accuracy(folder, artifact, text_file),
-    }
-    Path(output).write_text(json.dumps(results, indent=1))
-    print(json.dumps(results, indent=1))
+    add(accuracy=accuracy(folder, artifact, text_file))
 
 
 def load_to_first_token() -> float:
