@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import count
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ RANKS = ("bool", "uint8", "int8", "int16", "int32", "int64", "bfloat16", "float1
          "float64")  # fmt: skip
 """Element types from the narrowest to the widest."""
 
-fresh_number = count()
 branch_depth: ContextVar[int] = ContextVar("branch_depth", default=0)
 
 
@@ -101,7 +99,7 @@ def let(value: PrimExpr, body: Callable[[PrimExpr], PrimExpr]) -> PrimExpr:
         return body(value)
     if IRBuilder.is_in_scope() and not branch_depth.get():
         return body(bind(value))
-    variable = tirx.Var(f"t{next(fresh_number)}", str(value.ty))
+    variable = tirx.Var("t", str(value.ty))
     return tirx.Let(variable, value, body(variable))
 
 
