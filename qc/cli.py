@@ -87,9 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def compile_command(options: argparse.Namespace) -> None:
     """`qc compile MODEL --target T -o DIR`"""
-    from qc.compiler import compile
-
     start = time.perf_counter()
+    from qc.compiler import compile  # seconds of imports, which the user waits for too
+
     artifact = compile(
         options.model, options.target, recipe=options.recipe, output=options.output,
         progress=not options.quiet,
