@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qc.ir.target import Target
+from qc.ir.types import Dim, dim_name
 from qc.runtime.manifest import Generate
 
 Progress = Callable[[str, float], None]
@@ -56,3 +57,8 @@ def required_features(target: Target) -> tuple[str, ...]:
     """Return what the CPU must have, spelled as the system spells it."""
     spelled = {"sse3": "pni"}
     return tuple(sorted(spelled.get(f, f) for f in target.features))
+
+
+def dim_text(dim: Dim) -> int | str:
+    """Write a dimension for the manifest."""
+    return dim if isinstance(dim, int) else dim_name(dim)

@@ -13,6 +13,7 @@ from torch import Tensor
 from qc.backends.artifact import (
     ArtifactFacts,
     Progress,
+    dim_text,
     generation_facts,
     tokenizer_files,
 )
@@ -129,11 +130,6 @@ def value_of(
     """Declare one value."""
     dims = tuple(dim_text(dim) for dim in shape)
     return Value(name, DTYPE_NAMES[node.tensor.dtype], dims, kind, below=below)
-
-
-def dim_text(dim: Dim) -> int | str:
-    """Write a dimension for the manifest."""
-    return dim if isinstance(dim, int) else str(dim)
 
 
 def label_of(node: Node) -> str:

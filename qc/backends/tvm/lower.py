@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from qc.backends.artifact import dim_text
 from qc.backends.tvm.kernel import (
     RESULT,
     ArrayArgument,
@@ -37,7 +38,6 @@ from qc.ir.types import (
     TensorType,
     TupleType,
     as_dim,
-    dim_name,
     dim_symbols,
     symbol,
 )
@@ -378,11 +378,6 @@ def given_once(array: Tensor) -> Callable[[], Tensor]:
     """Return a function that gives `array` away, so that it is freed once it is written."""
     held = [array]
     return held.pop
-
-
-def dim_text(dim: Dim) -> int | str:
-    """Write a dimension for the manifest."""
-    return dim if isinstance(dim, int) else dim_name(dim)
 
 
 SEQ, KEEP = symbol("seq"), symbol("keep")
