@@ -35,8 +35,8 @@ from qc.ir.node import Node, make
 from qc.ir.quantized import quantize_activation, split_groups
 from qc.ir.target import Target, host_cpu
 from qc.ir.types import ActivationFormat, TensorType, symbol
-from qc.ir.weights.dense import Dense, DenseFormat
-from qc.ir.weights.grouped import GroupedFormat, encode_codes
+from qc.ir.weights.dense import DenseFormat, dense_term
+from qc.ir.weights.grouped import GroupedFormat, grouped_term
 from qc.ir.weights.weight import TermFormat, Weight
 
 INT8 = ActivationFormat(8, 32)
@@ -72,11 +72,11 @@ class Problem:
         """Return random stored values."""
         shape = (self.outer, self.inner)
         if isinstance(self.format, DenseFormat):
-            return Weight(name, shape, (Dense(torch.randn(shape).to(self.format.dtype)),))
+            return Weight(name, shape, (dense_term(torch.randn(shape).to(self.format.dtype)),))
         assert isinstance(self.format, GroupedFormat)
         codes = torch.randint(0, 1 << self.format.bits_per_code, shape, dtype=torch.uint8)
         scale = torch.rand(self.outer, self.format.groups(self.inner)) * 0.01
-        return Weight(name, shape, (encode_codes(self.format, codes, scale, -8 * scale),))
+        return Weight(name, shape, (grouped_term(self.format, codes, scale, -8 * scale),))
 
     def node(self) -> Node:
         """Return the fused node."""

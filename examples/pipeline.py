@@ -20,7 +20,7 @@ from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import rewrite
-from qc.ir.weights.grouped import GroupedFormat
+from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Weight
 from qc.passes.pipeline import Context
 from qc.passes.prepare.explicit_cache import ExplicitCache
@@ -56,9 +56,9 @@ class BitsByWidth(qc.Pass):
             weight = node.inputs[1].op.weight
             if weight.bits_per_element < 16:
                 return None
-            layout = GroupedFormat(8 if weight.shape[1] > self.wide else 4, 32, "symmetric")
-            term = round_to_nearest(weight.dense(), layout)
-            stored = make(ops.Parameter(Weight(weight.name, weight.shape, (term,))))
+            format = parse_weights("int8·g32" if weight.shape[1] > self.wide else "int4·g32")
+            terms = round_to_nearest(weight.dense(), format)
+            stored = make(ops.Parameter(Weight(weight.name, weight.shape, terms)))
             return make(node.op, node.inputs[0], stored, *node.inputs[2:], origin=node.origin)
 
         return store

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 __all__ = [
     "ArtifactError",
     "ContextLengthError",
+    "FormatError",
     "InputError",
     "ModelError",
     "QcError",
@@ -38,6 +39,10 @@ class TargetError(QcError, ValueError):
 
 class RecipeError(QcError, ValueError):
     """An unknown recipe, or one whose passes do not fit together."""
+
+
+class FormatError(QcError, ValueError):
+    """A weight format that is unknown, malformed, or not possible for a weight of some shape."""
 
 
 class ModelError(QcError):

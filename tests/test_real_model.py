@@ -17,7 +17,7 @@ from qc.evaluation import evaluate_windows, windows_of
 from qc.ir import ops
 from qc.ir.node import make
 from qc.ir.rewrite import substitute
-from qc.ir.weights.dense import Dense
+from qc.ir.weights.dense import dense_term
 from qc.ir.weights.weight import Weight
 from qc.passes.exactness import distance
 from qc.stages import CapturedModel, QuantizedModel
@@ -132,7 +132,7 @@ def disturb_norms(model: QuantizedModel) -> QuantizedModel:
         weight = node.op.weight
         values = weight.dense()
         values = values * (1 + 2**-23 * torch.randn(values.shape))
-        term = Weight(weight.name, weight.shape, (Dense(values),), weight.dtype)
+        term = Weight(weight.name, weight.shape, (dense_term(values),), weight.dtype)
         changed[node] = make(ops.Parameter(term))
     return replace(model, graph=substitute(model.graph, changed))
 

@@ -24,7 +24,7 @@ from qc.ir.graph import Graph
 from qc.ir.node import Node, Origin, make
 from qc.ir.types import DTYPE_NAMES, TensorType, TupleType, ValueType, as_dim, symbol
 from qc.ir.types import Dim as Dimension
-from qc.ir.weights.dense import Dense
+from qc.ir.weights.dense import dense_term
 from qc.ir.weights.weight import Weight
 
 EXAMPLE_BATCH, EXAMPLE_SEQ = 2, 12
@@ -275,7 +275,7 @@ class Translation:
         storage = (tensor.untyped_storage()._cdata, tensor.storage_offset())
         key = (*storage, tuple(tensor.shape), tensor.stride(), tensor.dtype, dtype)
         if key not in self.parameters:
-            weight = Weight(name, tuple(tensor.shape), (Dense(tensor),), dtype)
+            weight = Weight(name, tuple(tensor.shape), (dense_term(tensor),), dtype)
             self.parameters[key] = make(ops.Parameter(weight), origin=Origin())
         return self.parameters[key]
 
@@ -295,7 +295,7 @@ class Translation:
         value = operator.attrgetter(path)(module)
         if not isinstance(value, Tensor):
             return value
-        weight = Weight(path, tuple(value.shape), (Dense(value.detach()),), value.dtype)
+        weight = Weight(path, tuple(value.shape), (dense_term(value.detach()),), value.dtype)
         return make(ops.Parameter(weight), origin=Origin())
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:

@@ -21,13 +21,13 @@ from qc.ir.plain import read_value, write_value
 from qc.ir.serialize import graph_from_json, graph_to_json
 from qc.ir.target import Target
 from qc.ir.types import ActivationFormat, TensorType, TupleType, symbol
-from qc.ir.weights.dense import Dense
+from qc.ir.weights.dense import dense_term
 from qc.ir.weights.grouped import GroupedFormat
 from qc.ir.weights.weight import Weight
 from qc.passes.pipeline import Context, Pipeline
 from qc.passes.plan.fuse import Fuse
 from qc.passes.quantize.activations import QuantizeActivations
-from qc.passes.quantize.round_to_nearest import RoundToNearest, round_to_nearest
+from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.quantize.tables import StoreTables
 from tests.ir.test_ops import CASES, SIZES, Case, placed
 from tests.ir.toys import block_graph, some_ids
@@ -99,8 +99,8 @@ def test_uninterpreted_calls_come_back() -> None:
 
 
 def test_a_sum_of_terms_comes_back() -> None:
-    first = round_to_nearest(torch.randn(6, 33), GroupedFormat(4, 16, "minimum"))
-    rest = Dense(0.01 * torch.randn(6, 33).half())
+    first = GroupedFormat(4, 16, "minimum").nearest(torch.randn(6, 33))
+    rest = dense_term(0.01 * torch.randn(6, 33).half())
     weight = Weight("w", (6, 33), (first, rest))
     (loaded,) = reloaded(graph(make(ops.Parameter(weight)))).outputs
     assert isinstance(loaded.op, ops.Parameter)
@@ -111,7 +111,7 @@ def test_a_sum_of_terms_comes_back() -> None:
 def test_weights_of_one_name_are_kept_apart_and_one_weight_once() -> None:
     _, arrays = graph_to_json(run(block_graph(), *PASSES["w4"]))
     assert {"embed.weight.0.values", "embed.weight.0.codes"} <= arrays.keys()
-    x, y = (Weight("w", (2,), (Dense(torch.full((2,), v)),)) for v in (1.0, 2.0))
+    x, y = (Weight("w", (2,), (dense_term(torch.full((2,), v)),)) for v in (1.0, 2.0))
     nodes = [make(ops.Parameter(w)) for w in (x, y, x)]
     content, arrays = graph_to_json(graph(*nodes))
     assert set(arrays) == {"w.0.values", "w.0.values#2"}
@@ -158,7 +158,7 @@ def test_a_call_outside_aten_is_refused_when_saving_with_its_origin() -> None:
 
 def small() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return a written linear: nodes are x, w, linear, reshape, call."""
-    weight = Weight("w", (4, 33), (round_to_nearest(torch.randn(4, 33), GroupedFormat(4, 16)),))
+    weight = Weight("w", (4, 33), (GroupedFormat(4, 16).nearest(torch.randn(4, 33)),))
     x = value("x", BATCH, 33)
     y = make(ops.Linear(), x, make(ops.Parameter(weight)), origin=Origin("model.head"))
     flat = make(ops.Reshape((4 * BATCH,)), y)

@@ -7,8 +7,8 @@ renders it. There is no control flow: about a dozen node kinds, all pure.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property, reduce
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Expr:
     def __sub__(self, other: Expr | int) -> Expr:
         return arith("sub", self, other)
 
-    def __mul__(self, other: Expr | int) -> Expr:
+    def __mul__(self, other: Expr | int | float) -> Expr:
         return arith("mul", self, other)
 
     def __floordiv__(self, other: Expr | int) -> Expr:
@@ -49,7 +49,8 @@ class Expr:
 
 @dataclass(frozen=True)
 class Index(Expr):
-    """The row or the column of the element that is read (i32)."""
+    """An integer that the reader knows (i32): the row or the column of the element, the number
+    of a stored entry and the place inside it, or what a `Sum` counts."""
 
     axis: str
 
@@ -89,8 +90,25 @@ class Load(Expr):
 
 
 @dataclass(frozen=True)
+class Code(Expr):
+    """The unsigned integer in `width` bits from bit `position` on of the bytes array[index, :].
+
+    The bytes are a little-endian bit stream; a code may straddle two of them. 1 to 16 bits (i32).
+    """
+
+    array: str
+    index: tuple[Expr, ...]
+    position: Expr
+    width: int
+
+    def __str__(self) -> str:
+        row = "".join(f"{i}, " for i in self.index)
+        return f"{self.array}[{row}bits {self.position} for {self.width}]"
+
+
+@dataclass(frozen=True)
 class Arith(Expr):
-    """A binary operation on two i32 or two f32 values."""
+    """A binary operation on two i32 or two f32 values; comparisons give 0 or 1 (i32)."""
 
     kind: str
     left: Expr
@@ -102,7 +120,7 @@ class Arith(Expr):
 
 @dataclass(frozen=True)
 class ToFloat(Expr):
-    """i32 -> f32."""
+    """i32 -> f32, by value."""
 
     value: Expr
 
@@ -110,12 +128,36 @@ class ToFloat(Expr):
         return f"float({self.value})"
 
 
+@dataclass(frozen=True)
+class AsFloat(Expr):
+    """i32 -> f32, the same 32 bits."""
+
+    value: Expr
+
+    def __str__(self) -> str:
+        return f"bits_as_float({self.value})"
+
+
+@dataclass(frozen=True)
+class Sum(Expr):
+    """The sum of `body` (f32) for `index` from `start` up to, not including, `stop`."""
+
+    index: Index
+    start: Expr
+    stop: Expr
+    body: Expr
+
+    def __str__(self) -> str:
+        return f"sum({self.index} in {self.start}..{self.stop}: {self.body})"
+
+
 SIGNS = {
     "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%",
-    "and": "&", "or": "|", "shr": ">>", "shl": "<<", "min": "min",
+    "and": "&", "or": "|", "shr": ">>", "shl": "<<", "min": "min", "eq": "==", "lt": "<",
 }  # fmt: skip
 
 ROW, COL = Index("row"), Index("col")
+ENTRY, LANE = Index("entry"), Index("lane")
 
 
 def as_expr(value: Expr | int | float) -> Expr:
@@ -124,12 +166,19 @@ def as_expr(value: Expr | int | float) -> Expr:
 
 
 def arith(kind: str, left: Expr | int | float, right: Expr | int | float) -> Expr:
-    """Build left `kind` right, folding integer constants."""
+    """Build left `kind` right, folding integer constants and neutral ones."""
     left, right = as_expr(left), as_expr(right)
     match left, right:
         case Const(int(a)), Const(int(b)):
-            return Const(int(INTEGER_RULES[kind](torch.tensor(a), torch.tensor(b))))
+            return Const(int(ARITHMETIC[kind](torch.tensor(a), torch.tensor(b))))
+        case _, Const(int(b)) if (kind, b) in NEUTRAL:
+            return left
+        case Const(int(a)), _ if (kind, a) in (("add", 0), ("mul", 1)):
+            return right
     return Arith(kind, left, right)
+
+
+NEUTRAL = {("add", 0), ("sub", 0), ("mul", 1), ("floordiv", 1), ("shr", 0), ("shl", 0)}
 
 
 def minimum(left: Expr | int, right: Expr | int) -> Expr:
@@ -137,21 +186,34 @@ def minimum(left: Expr | int, right: Expr | int) -> Expr:
     return arith("min", left, right)
 
 
-INTEGER_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def equal(left: Expr | int, right: Expr | int) -> Expr:
+    """Build 1 where two integers are equal, else 0."""
+    return arith("eq", left, right)
+
+
+def less(left: Expr | int, right: Expr | int) -> Expr:
+    """Build 1 where `left` < `right`, else 0."""
+    return arith("lt", left, right)
+
+
+ARITHMETIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul,
     "floordiv": torch.floor_divide, "mod": torch.remainder,
     "and": torch.bitwise_and, "or": torch.bitwise_or,
     "shr": torch.bitwise_right_shift, "shl": torch.bitwise_left_shift, "min": torch.minimum,
+    "eq": lambda a, b: (a == b).int(), "lt": lambda a, b: (a < b).int(),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TorchRendering:
-    """Evaluate expressions for whole tensors of rows and columns: the reference rendering."""
+    """Evaluate expressions for whole tensors of indices: the reference rendering.
+
+    `indices` gives i32 tensors by axis; they broadcast against each other.
+    """
 
     arrays: Mapping[str, Tensor]
-    row: Tensor
-    col: Tensor
+    indices: Mapping[str, Tensor]
 
     @cached_property
     def seen(self) -> dict[Expr, Tensor]:
@@ -167,49 +229,122 @@ class TorchRendering:
         """Evaluate one node."""
         match expr:
             case Index(axis):
-                return self.row if axis == "row" else self.col
+                return self.indices[axis]
             case Const(value):
                 dtype = torch.int32 if isinstance(value, int) else torch.float32
                 return torch.tensor(value, dtype=dtype)
             case Load(array, index):
                 loaded = self.arrays[array][tuple(self.value(i).long() for i in index)]
                 return loaded.float() if loaded.is_floating_point() else loaded.int()
+            case Code():
+                return self.code(expr)
             case ToFloat(inner):
                 return self.value(inner).float()
+            case AsFloat(inner):
+                return self.value(inner).int().contiguous().view(torch.float32)
             case Arith(kind, left, right):
-                return INTEGER_RULES[kind](self.value(left), self.value(right))
+                return ARITHMETIC[kind](self.value(left), self.value(right))
+            case Sum():
+                return self.sum(expr)
         raise TypeError(f"{expr!r} is no expression of the decode language")
+
+    def code(self, expr: Code) -> Tensor:
+        """Read packed bits."""
+        position = self.value(expr.position)
+        row = tuple(self.value(i).long() for i in expr.index)
+        last = self.arrays[expr.array].shape[-1] - 1
+        word = torch.zeros((), dtype=torch.int32)
+        for byte in range((expr.width + 14) // 8):
+            at = ((position >> 3) + byte).clamp_max(last).long()  # what lies behind is masked out
+            word = word | (self.arrays[expr.array][(*row, at)].int() << (8 * byte))
+        return (word >> (position & 7)) & ((1 << expr.width) - 1)
+
+    def sum(self, expr: Sum) -> Tensor:
+        """Add up the body over the widest range, where an element's own range includes it."""
+        start, stop = self.value(expr.start), self.value(expr.stop)
+        total = torch.zeros((), dtype=torch.float32)
+        if not stop.numel() or not start.numel():
+            return total
+        for number in range(int(start.min()), int(stop.max())):
+            at = torch.tensor(number, dtype=torch.int32)
+            inner = TorchRendering(self.arrays, {**self.indices, expr.index.axis: at})
+            inside = (start <= at) & (at < stop)
+            total = total + torch.where(inside, inner.value(expr.body), torch.zeros(()))
+        return total
+
+
+def rebuild(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """Copy an expression with `change` applied to its operands; arithmetic folds again."""
+    match expr:
+        case Load(array, index):
+            return Load(array, tuple(map(change, index)))
+        case Code(array, index, position, width):
+            return Code(array, tuple(map(change, index)), change(position), width)
+        case Arith(kind, left, right):
+            return arith(kind, change(left), change(right))
+        case ToFloat(inner):
+            return ToFloat(change(inner))
+        case AsFloat(inner):
+            return AsFloat(change(inner))
+        case Sum(index, start, stop, body):
+            return Sum(index, change(start), change(stop), change(body))
+    return expr
 
 
 def rename_arrays(expr: Expr, prefix: str) -> Expr:
     """Put `prefix` before every array name, so that terms of a sum keep apart."""
-    match expr:
-        case Load(array, index):
-            return Load(prefix + array, tuple(rename_arrays(i, prefix) for i in index))
-        case Arith(kind, left, right):
-            return Arith(kind, rename_arrays(left, prefix), rename_arrays(right, prefix))
-        case ToFloat(inner):
-            return ToFloat(rename_arrays(inner, prefix))
-    return expr
+
+    @cache
+    def renamed(each: Expr) -> Expr:
+        inner = rebuild(each, renamed)
+        return replace(inner, array=prefix + inner.array) if reads_array(inner) else inner
+
+    return renamed(expr)
+
+
+def reads_array(expr: Expr) -> bool:
+    """Say whether a node itself reads a stored array."""
+    return isinstance(expr, Load | Code)
+
+
+def substitute_indices(expr: Expr, values: Mapping[Index, Expr]) -> Expr:
+    """Put expressions in place of indices; an index that a `Sum` counts stays."""
+
+    @cache
+    def changed(each: Expr) -> Expr:
+        if isinstance(each, Index):
+            return values.get(each, each)
+        return rebuild(each, changed)
+
+    return changed(expr)
+
+
+def total(parts: list[Expr]) -> Expr:
+    """Add f32 expressions up."""
+    return reduce(lambda a, b: a + b, parts)
 
 
 def walk(expr: Expr) -> list[Expr]:
-    """List all nodes of an expression, operands after users."""
-    found, stack = [], [expr]
+    """List all nodes of an expression once, operands after users."""
+    found: dict[Expr, None] = {}
+    stack = [expr]
     while stack:
         node = stack.pop()
-        found.append(node)
-        stack.extend(v for v in children(node))
-    return found
+        if node not in found:
+            found[node] = None
+            stack.extend(children(node))
+    return list(found)
 
 
-def children(expr: Expr) -> tuple[Any, ...]:
+def children(expr: Expr) -> tuple[Expr, ...]:
     """Return the operands of one node."""
-    match expr:
-        case Load(_, index):
-            return index
-        case Arith(_, left, right):
-            return (left, right)
-        case ToFloat(inner):
-            return (inner,)
-    return ()
+    found: list[Any] = []
+    for field in fields(expr):
+        value = getattr(expr, field.name)
+        found.extend(value if isinstance(value, tuple) else (value,))
+    return tuple(each for each in found if isinstance(each, Expr))
+
+
+def is_structural(expr: Expr) -> bool:
+    """Say whether reading one element needs a sum over a range."""
+    return any(isinstance(each, Sum) for each in walk(expr))

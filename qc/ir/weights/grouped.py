@@ -1,202 +1,243 @@
-"""Grouped integer codes: int2 to int8, one scale for every `group` weights of a row.
+"""Grouped integer codes: int2 to int8, one scale for every tile of weights.
 
-A row is a little-endian bit stream of codes; its last group may be shorter than the others.
-With code q of `bits` bits, scale s and, by kind of offset:
+A row is a little-endian bit stream of codes; the last group of a row may be shorter than the
+others. With code q of `bits` bits, scale s and, by kind of offset:
 
     symmetric   w = (q - 2^(bits-1)) s
     zero        w = (q - z) s          z: integer zero point, u8
-    minimum     w = q s + m            m: float16
+    minimum     w = q s + m
+    none        w = q s                printed uint4·g32: values of one sign, such as scales
 
-Scales and minima are float16. Source of the layout: section 3 of GPTQ (Frantar et al. 2022)
-for groups, llama.cpp's Q4_1 for float minima.
+Groups lie along the inputs (g32), along the outputs (o32: per input channel) or in any other tile.
+Scales and minima are float16, or terms of their own over the matrix of groups:
+`int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)` stores them in 6 bits in groups of 8.
+
+Sources: GPTQ (Frantar et al. 2022), section 3, for groups; AdaDim (Heo et al. 2023), section 3, for
+groups along the outputs; SpQR (Dettmers et al. 2023), section 4.2, for quantized scales; llama.cpp's
+Q4_1 and Q4_K for float minima.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from qc.ir.weights.expression import Const, Expr, Load, ToFloat, minimum
+from qc.ir.weights.expression import Const, Expr, Load, ToFloat
+from qc.ir.weights.notation import refuse_rest, take_argument, take_tile, take_word
+from qc.ir.weights.packing import code_at, pack_codes, row_bytes, unpack_codes
+from qc.ir.weights.scales import decode_floats, dense_floats, floats, store_floats, verify_floats
+from qc.ir.weights.tiles import Tile
 from qc.ir.weights.weight import ArraySpec, Term, TermFormat
 
-Offset = Literal["symmetric", "zero", "minimum"]
+Offset = Literal["symmetric", "zero", "minimum", "none"]
+
+WORDS = {"symmetric": "", "zero": "·zero", "minimum": "·min", "none": ""}
+
+ROWS_AT_ONCE = 4096
+"""Rows whose codes are computed together: bounds the float32 copies of wide matrices."""
 
 
 @dataclass(frozen=True)
 class GroupedFormat(TermFormat):
-    """`group=None` means one group a row."""
+    """`group` inputs x `tile_rows` outputs share a scale; None means all of them."""
 
     bits_per_code: int
     group: int | None = None
     offset: Offset = "symmetric"
+    tile_rows: int | None = 1
+    scale: TermFormat | None = None
+    minimum: TermFormat | None = None
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "int2·g32·min", "int3·g64·zero", "int4·g32", "int4·g128·zero", "int4·row·min", "int5·g32",
+        "int6·g64·min", "int7·g16", "int8·g32", "int8·row", "int4·o32·min", "int3·o16",
+        "int4·tensor", "int4·t16x16·zero", "uint4·g32", "int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)",
+        "int3·g16·min·scale(int3·o16·min)·minimum(int3·o16·min)",
+        "int2·g16·scale(uint4·g16·scale(uint8·o16))",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits_per_code <= 8:
             raise ValueError(f"grouped codes have 2 to 8 bits, not {self.bits_per_code}")
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"a group holds at least one weight, not {self.group}")
+        if self.minimum is not None and self.offset != "minimum":
+            raise ValueError("only a format with a float minimum (·min) stores minima")
+        Tile(self.tile_rows, self.group)
+
+    @property
+    def tile(self) -> Tile:
+        return Tile(self.tile_rows, self.group)
 
     def group_size(self, cols: int) -> int:
         """Return the weights per full group of a row of `cols`."""
-        return max(1, cols if self.group is None else min(self.group, cols))
+        return self.tile.size((1, cols))[1]
 
     def groups(self, cols: int) -> int:
         """Return the groups per row, the tail included."""
         return -(-cols // self.group_size(cols))
 
-    def row_bytes(self, cols: int) -> int:
-        """Return the bytes of one row of codes."""
-        return -(-cols * self.bits_per_code // 8)
-
     def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
-        rows, cols = shape
-        per_group = (rows, self.groups(cols))
-        stored = {
-            "codes": ArraySpec((rows, self.row_bytes(cols)), torch.uint8),
-            "scale": ArraySpec(per_group, torch.float16),
-        }
+        grid = self.tile.grid(shape)
+        codes = ArraySpec((shape[0], row_bytes(shape[1], self.bits_per_code)), torch.uint8)
+        stored = {"codes": codes, **floats("scale", self.scale, grid)}
         if self.offset == "zero":
-            stored["zero"] = ArraySpec(per_group, torch.uint8)
+            stored["zero"] = ArraySpec(grid, torch.uint8)
         if self.offset == "minimum":
-            stored["minimum"] = ArraySpec(per_group, torch.float16)
+            stored |= floats("minimum", self.minimum, grid)
         return stored
 
     def decode(self, shape: tuple[int, ...], row: Expr, col: Expr) -> Expr:
-        at = (row, col // self.group_size(shape[1]))
-        code = self.decode_code(shape, row, col)
-        scale = Load("scale", at)
-        if self.offset == "minimum":
-            return ToFloat(code) * scale + Load("minimum", at)
-        zero: Expr = Const(1 << (self.bits_per_code - 1))
-        if self.offset == "zero":
-            zero = Load("zero", at)
-        return ToFloat(code - zero) * scale
-
-    def decode_code(self, shape: tuple[int, ...], row: Expr, col: Expr) -> Expr:
-        """Return the integer code of one element."""
-        bits = self.bits_per_code
-        if bits == 8:
-            return Load("codes", (row, col))
-        position = col * bits
-        byte, shift = position >> 3, position & 7
-        word: Expr = Load("codes", (row, byte))
-        if 8 % bits:  # a code may straddle two bytes; the last one of a row never does
-            following = minimum(byte + 1, self.row_bytes(shape[1]) - 1)
-            word = word | (Load("codes", (row, following)) << 8)
-        return (word >> shift) & ((1 << bits) - 1)
-
-    def term(self, shape: tuple[int, ...], arrays: Mapping[str, Tensor]) -> Grouped:
-        self.check(shape, arrays)
-        offset = arrays.get(self.offset)
-        return Grouped(self, (shape[0], shape[1]), arrays["codes"], arrays["scale"], offset)
-
-    def __str__(self) -> str:
-        group = "row" if self.group is None else f"g{self.group}"
-        offset = {"symmetric": "", "zero": "·zero", "minimum": "·min"}[self.offset]
-        return f"int{self.bits_per_code}·{group}{offset}"
-
-
-@dataclass(frozen=True, eq=False)
-class Grouped(Term):
-    """Packed codes u8[out, row_bytes], scale f16[out, groups], offset of the same shape."""
-
-    layout: GroupedFormat
-    shape: tuple[int, int]
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor | None = None
+        grid, at = self.tile.grid(shape), self.tile.index(shape, row, col)
+        code = code_at("codes", (row,), col, self.bits_per_code)
+        scale = decode_floats("scale", self.scale, grid, at)
+        match self.offset:
+            case "minimum":
+                return ToFloat(code) * scale + decode_floats("minimum", self.minimum, grid, at)
+            case "none":
+                return ToFloat(code) * scale
+            case "zero":
+                return ToFloat(code - Load("zero", at)) * scale
+        return ToFloat(code - Const(self.middle)) * scale
 
     @property
-    def format(self) -> GroupedFormat:
-        return self.layout
+    def middle(self) -> int:
+        """The code of zero in the symmetric kind."""
+        return 1 << (self.bits_per_code - 1)
 
-    def arrays(self) -> dict[str, Tensor]:
-        stored = {"codes": self.codes, "scale": self.scale}
-        if self.offset is not None:
-            stored[self.layout.offset] = self.offset
-        return stored
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits_per_code) - 1
 
-    def stacked(self, others: Sequence[Term]) -> Grouped:
-        terms = [self.arrays(), *(o.arrays() for o in others)]
-        rows = self.shape[0] + sum(o.shape[0] for o in others)
-        joined = {name: torch.cat([t[name] for t in terms]) for name in terms[0]}
-        return self.layout.term((rows, self.shape[1]), joined)
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        grid = self.tile.grid(shape)
+        for inner in (self.scale, self.minimum):
+            if inner is not None and (why := inner.refusal(grid)) is not None:
+                return f"the scales of {self}: {why}"
+        return None
 
-    def unpacked(self) -> Tensor:
-        """Return the integer codes u8[out, in]."""
-        return unpack_codes(self.codes, self.layout.bits_per_code, self.shape[1])
+    def verify(self, shape: tuple[int, ...], arrays: Mapping[str, Tensor]) -> None:
+        grid = self.tile.grid(shape)
+        verify_floats("scale", self.scale, grid, arrays)
+        verify_floats("minimum", self.minimum, grid, arrays)
 
-    def dense(self) -> Tensor:
-        size = self.layout.group_size(self.shape[1])
+    def dense(self, shape: tuple[int, ...], arrays: Mapping[str, Tensor]) -> Tensor:
+        def spread(name: str, inner: TermFormat | None) -> Tensor:
+            return self.tile.spread(dense_floats(name, inner, self.tile.grid(shape), arrays), shape)
 
-        def spread(per_group: Tensor) -> Tensor:
-            return per_group.float().repeat_interleave(size, 1)[:, : self.shape[1]]
+        codes = unpack_codes(arrays["codes"], self.bits_per_code, shape[1]).float()
+        scale = spread("scale", self.scale)
+        match self.offset:
+            case "minimum":
+                return codes * scale + spread("minimum", self.minimum)
+            case "none":
+                return codes * scale
+            case "zero":
+                return (codes - self.tile.spread(arrays["zero"], shape)) * scale
+        return (codes - self.middle) * scale
 
-        codes = self.unpacked().float()
-        if self.layout.offset == "symmetric":
-            return (codes - (1 << (self.layout.bits_per_code - 1))) * spread(self.scale)
-        assert self.offset is not None
-        if self.layout.offset == "zero":
-            return (codes - spread(self.offset)) * spread(self.scale)
-        return codes * spread(self.scale) + spread(self.offset)
+    def rows(self, term: Term, index: Tensor) -> Term | None:
+        if self.tile_rows != 1 or self.scale is not None or self.minimum is not None:
+            return None
+        kept = {name: array[index] for name, array in term.stored.items()}
+        return self.term((len(index), term.shape[1]), kept)
+
+    def nearest(self, values: Tensor) -> Term:
+        """Round to the grid that spans the extremes of each tile (round-to-nearest, RTN).
+
+        symmetric: s = max|w| / (2^(b-1) - 1); minimum: s = (max - min) / (2^b - 1), m = min; zero:
+        the same with 0 inside the range and z = round(-min / s); none: s = max w / (2^b - 1), or
+        the least where it is further from 0. Codes are computed with the scale and the offset as
+        they are stored, so that storing them costs nothing more. Minimises the error of each weight
+        by itself on that grid.
+        """
+        shape = (values.shape[0], values.shape[1])
+        low, high = self.extremes(values)
+        stored: dict[str, Tensor] = {}
+        offset = torch.zeros_like(low)
+        if self.offset == "minimum":
+            offset = store_floats("minimum", self.minimum, low, stored)
+            scale = (high - offset) / self.top
+        elif self.offset == "zero":
+            low, high = low.clamp_max(0), high.clamp_min(0)
+            scale = (high - low) / self.top
+        elif self.offset == "none":
+            scale = torch.where(-low > high, low, high) / self.top
+        else:
+            scale = torch.maximum(-low, high) / max(1, self.middle - 1)
+        scale = store_floats("scale", self.scale, some(scale), stored)
+        if self.offset == "zero":
+            zero = (-low / some(scale)).round().clamp(0, self.top)
+            stored["zero"] = zero.to(torch.uint8)
+            offset = -zero * scale
+        if self.offset == "symmetric":
+            offset = -self.middle * scale
+        stored["codes"] = self.codes(values, some(scale), offset)
+        return self.term(shape, stored)
+
+    def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the minima and maxima of the tiles, a band of rows at a time."""
+        parts = [self.tile.extremes(rows.float()) for rows, _ in self.bands(values)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def bands(self, values: Tensor) -> list[tuple[Tensor, slice]]:
+        """Cut a matrix into bands of whole tiles; the slice is the band's rows of tiles."""
+        rows = self.tile.size(tuple(values.shape))[0]
+        tiles = max(1, ROWS_AT_ONCE // rows)
+        return [
+            (band, slice(number * tiles, (number + 1) * tiles))
+            for number, band in enumerate(values.split(tiles * rows))
+        ]
+
+    def codes(self, values: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """Round values to codes q with q s + offset nearest, packed."""
+        packed = []
+        for band, tiles in self.bands(values):
+            shape = tuple(band.shape)
+            s, o = self.tile.spread(scale[tiles], shape), self.tile.spread(offset[tiles], shape)
+            codes = ((band.float() - o) / s).round_().clamp_(0, self.top).to(torch.uint8)
+            packed.append(pack_codes(codes, self.bits_per_code))
+        return torch.cat(packed)
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Self | None:
+        head = re.fullmatch(r"(u?)int(\d+)", words[0])
+        if head is None:
+            return None
+        rest = list(words[1:])
+        tile = take_tile(rest, Tile(1, None))
+        kind = take_word(rest, ("zero", "min"))
+        offset: Offset = "none" if head[1] else "symmetric"
+        if kind is not None:
+            offset = "zero" if kind == "zero" else "minimum"
+        scale, minimum = take_argument(rest, "scale"), take_argument(rest, "minimum")
+        refuse_rest(rest, "a group (g32, row, o32), zero or min, scale(...), minimum(...)")
+        return cls(int(head[2]), tile.cols, offset, tile.rows, scale, minimum)
+
+    def __str__(self) -> str:
+        sign = "u" if self.offset == "none" else ""
+        scale = "" if self.scale is None else f"·scale({self.scale})"
+        minimum = "" if self.minimum is None else f"·minimum({self.minimum})"
+        kind = WORDS[self.offset]
+        return f"{sign}int{self.bits_per_code}·{self.tile}{kind}{scale}{minimum}"
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack u8 codes [rows, cols] below 2^bits into bytes [rows, ceil(cols bits / 8)]."""
-    if bits == 8:
-        return codes.contiguous()
-    per_word, width = codes_per_word(bits)
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word))
-    groups = padded.unflatten(1, (-1, per_word))
-    words = groups[..., 0].to(WORDS[width])
-    for position in range(1, per_word):
-        words |= groups[..., position].to(words.dtype) << (position * bits)
-    packed = words.unsqueeze(-1) if width == 1 else bytes_of(words, width)
-    return packed.flatten(1)[:, : -(-codes.shape[1] * bits // 8)].contiguous()
+def some(scale: Tensor) -> Tensor:
+    """Give a group whose weights are all equal the scale 1: it needs one to divide by."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
-    """Invert `pack_codes`: u8 codes [rows, cols]."""
-    if bits == 8:
-        return packed
-    per_word, width = codes_per_word(bits)
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
-    parts = padded.unflatten(1, (-1, width))
-    words = parts[..., 0].to(WORDS[width])
-    for position in range(1, width):
-        words |= parts[..., position].to(words.dtype) << (position * 8)
-    mask = (1 << bits) - 1
-    codes = [(words >> (position * bits)) & mask for position in range(per_word)]
-    return torch.stack(codes, -1).to(torch.uint8).flatten(1)[:, :cols]
-
-
-WORDS = {1: torch.uint8, 3: torch.int32, 5: torch.int64, 6: torch.int64, 7: torch.int64}
-"""The integers that hold a word of so many bytes."""
-
-
-def codes_per_word(bits: int) -> tuple[int, int]:
-    """Return the smallest number of codes that fill whole bytes together, and those bytes."""
-    per_word = 8 // gcd(bits, 8)
-    return (8 // bits, 1) if 8 % bits == 0 else (per_word, per_word * bits // 8)
-
-
-def bytes_of(words: Tensor, width: int) -> Tensor:
-    """Split integers into their lowest `width` bytes, u8[..., width]."""
-    parts = [(words >> (8 * position)) & 255 for position in range(width)]
-    return torch.stack(parts, -1).to(torch.uint8)
-
-
-def encode_codes(
-    layout: GroupedFormat, codes: Tensor, scale: Tensor, offset: Tensor | None = None
-) -> Grouped:
-    """Store codes u8[out, in] with their scales and offsets [out, groups]."""
+def grouped_term(
+    format: GroupedFormat, codes: Tensor, scale: Tensor, offset: Tensor | None = None
+) -> Term:
+    """Store codes u8[out, in] with plain scales and offsets, one a tile."""
     rows, cols = codes.shape
-    stored = {"codes": pack_codes(codes, layout.bits_per_code), "scale": scale.to(torch.float16)}
+    stored = {"codes": pack_codes(codes, format.bits_per_code), "scale": scale.to(torch.float16)}
     if offset is not None:
-        stored[layout.offset] = offset.to(torch.uint8 if layout.offset == "zero" else torch.float16)
-    return layout.term((rows, cols), stored)
+        kind = torch.uint8 if format.offset == "zero" else torch.float16
+        stored[format.offset] = offset.to(kind)
+    return format.term((rows, cols), stored)

@@ -9,7 +9,7 @@ import torch
 
 from qc.ir import ops
 from qc.ir.node import Node, make
-from qc.ir.weights.dense import Dense, dense_weight
+from qc.ir.weights.dense import dense_term, dense_weight
 from qc.ir.weights.weight import Weight
 from qc.passes.prepare.aten_call import Builder, Call
 from qc.passes.prepare.aten_elementwise import number
@@ -40,11 +40,12 @@ def stored_matrix(node: Node) -> Node | None:
     source = node.inputs[0].op
     if not isinstance(source, ops.Parameter):
         return None
-    terms = source.weight.terms
-    if len(terms) != 1 or not isinstance(terms[0], Dense):
-        return None
     weight = source.weight
-    turned = Weight(weight.name, weight.shape[::-1], (Dense(terms[0].values.t()),), weight.dtype)
+    if weight.bits_per_element < 16:  # only what was captured can be a view of itself
+        return None
+    turned = Weight(
+        weight.name, weight.shape[::-1], (dense_term(weight.dense().t()),), weight.dtype
+    )
     return make(ops.Parameter(turned))
 
 

@@ -11,7 +11,7 @@ from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
-from qc.ir.weights.dense import Dense
+from qc.ir.weights.dense import dense_term
 from qc.ir.weights.weight import Weight
 from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
@@ -56,4 +56,4 @@ def stored_as(weight: Weight, dtype: torch.dtype) -> Weight:
     rounded = values.to(dtype)
     if not bool(torch.isfinite(rounded).all()):
         return weight
-    return Weight(weight.name, weight.shape, (Dense(rounded),), weight.dtype)
+    return Weight(weight.name, weight.shape, (dense_term(rounded),), weight.dtype)

@@ -22,7 +22,7 @@ from qc.ir.node import Node, Origin, make
 from qc.ir.ops import Append, Binary, Input, Operand, Parameter, Scalar, Torch, Unary
 from qc.ir.target import CPUS, host_cpu
 from qc.ir.types import TensorType, symbol
-from qc.ir.weights.dense import Dense
+from qc.ir.weights.dense import dense_term
 from qc.ir.weights.weight import Weight
 from qc.passes.exactness import distance
 from qc.passes.pipeline import Context
@@ -87,7 +87,8 @@ def test_ids_stay_below_the_rows_of_the_smallest_table() -> None:
 def test_parameters_of_one_name_are_stored_apart(tmp_path: Path) -> None:
     x = rows()
     one, two = (
-        make(Parameter(Weight("w", (24,), (Dense(torch.full((24,), float(n))),)))) for n in (2, 3)
+        make(Parameter(Weight("w", (24,), (dense_term(torch.full((24,), float(n))),))))
+        for n in (2, 3)
     )
     graph = Graph((x,), (make(Binary("add"), make(Binary("mul"), x, one), two),), ("output",))
     program = program_of(graph)

@@ -23,11 +23,14 @@ PYTHON = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
     "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b, "and": lambda a, b: a & b,
     "or": lambda a, b: a | b, "shr": lambda a, b: a >> b, "shl": lambda a, b: a << b, "min": min,
+    "eq": lambda a, b: int(a == b), "lt": lambda a, b: int(a < b),
 }  # fmt: skip
 
 
 def value_at(expr: Expr, row: int, col: int, **arrays: torch.Tensor) -> float:
-    rendering = TorchRendering(arrays, torch.tensor([[row]]).int(), torch.tensor([[col]]).int())
+    rendering = TorchRendering(
+        arrays, {"row": torch.tensor([[row]]).int(), "col": torch.tensor([[col]]).int()}
+    )
     return float(rendering.value(expr).reshape(-1)[0])
 
 
@@ -52,14 +55,16 @@ def test_an_integer_and_a_float_are_two_constants() -> None:
     assert Const(1) != Const(1.0)
     assert hash(Const(2)) == hash(Const(2))
     assert arith("add", 2, 0.5) == arith("add", Const(2), Const(0.5))
-    rendering = TorchRendering({}, torch.zeros(1), torch.zeros(1))
+    rendering = TorchRendering({}, {})
     assert rendering.value(Const(1)).dtype == torch.int32
     assert rendering.value(Const(1.0)).dtype == torch.float32
 
 
 def test_loads_widen() -> None:
     arrays = {"codes": torch.tensor([[200]], dtype=torch.uint8), "scale": torch.ones(1, 1).half()}
-    rendering = TorchRendering(arrays, torch.zeros(1, 1).int(), torch.zeros(1, 1).int())
+    rendering = TorchRendering(
+        arrays, {"row": torch.zeros(1, 1).int(), "col": torch.zeros(1, 1).int()}
+    )
     assert rendering.value(Load("codes", (ROW, COL)) << 8).dtype == torch.int32
     assert int(rendering.value(Load("codes", (ROW, COL)) << 8)) == 51200
     assert rendering.value(Load("scale", (ROW, COL))).dtype == torch.float32

@@ -14,11 +14,12 @@ from qc.ir.graph import Graph
 from qc.ir.meaning import evaluate
 from qc.ir.node import make
 from qc.ir.target import Target
+from qc.ir.weights import grouped as module
 from qc.ir.weights.dense import dense_weight
 from qc.ir.weights.grouped import GroupedFormat
+from qc.ir.weights.weight import Term
 from qc.passes.pipeline import Context, Pipeline
-from qc.passes.quantize import round_to_nearest as module
-from qc.passes.quantize.round_to_nearest import RoundToNearest, round_to_nearest
+from qc.passes.quantize.round_to_nearest import RoundToNearest
 from tests.ir.toys import block_graph, some_ids
 from tests.passes.lift.drawing import BATCH, graph, value
 
@@ -30,6 +31,10 @@ HALF = 2.0**-11
 def formats() -> st.SearchStrategy[GroupedFormat]:
     groups = st.sampled_from((None, 1, 16, 32, 64, 128))
     return st.builds(GroupedFormat, st.integers(2, 8), groups, st.sampled_from(OFFSETS))
+
+
+def round_to_nearest(weight: Tensor, format: GroupedFormat) -> Term:
+    return format.nearest(weight)
 
 
 def run(before: Graph, format: GroupedFormat) -> Graph:
@@ -95,7 +100,7 @@ def test_a_tail_group_has_a_grid_of_its_own(offset: str) -> None:
     weight[:, 32:] *= 1e-2
     term = round_to_nearest(weight, format)
     alone = round_to_nearest(weight[:, 32:].contiguous(), format)
-    assert term.scale.shape == (2, 2)
+    assert term.stored["scale"].shape == (2, 2)
     assert torch.equal(term.dense()[:, 32:], alone.dense())
 
 

@@ -20,7 +20,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qc.ir.weights.grouped import GroupedFormat, unpack_codes
+from qc.ir.weights.grouped import GroupedFormat
+from qc.ir.weights.packing import unpack_codes
 from qc.ir.weights.weight import Weight, WeightFormat
 
 BLOCK = 16

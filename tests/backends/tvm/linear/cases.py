@@ -18,8 +18,7 @@ from qc.ir.node import Node, make
 from qc.ir.quantized import QuantizedTensor, quantize_activation, split_groups
 from qc.ir.target import Target
 from qc.ir.types import ActivationFormat, TensorType, symbol
-from qc.ir.weights.dense import Dense, dense_weight
-from qc.ir.weights.grouped import GroupedFormat, encode_codes
+from qc.ir.weights.dense import dense_weight
 from qc.ir.weights.weight import Term, TermFormat, Weight
 
 ROWS = symbol("rows")
@@ -27,18 +26,7 @@ ROWS = symbol("rows")
 
 def random_term(format: TermFormat, outer: int, inner: int) -> Term:
     """Return random values in a storage format."""
-    if not isinstance(format, GroupedFormat):
-        (spec,) = format.arrays((outer, inner)).values()
-        return Dense(torch.randn(outer, inner).to(spec.dtype))
-    top = 1 << format.bits_per_code
-    codes = torch.randint(0, top, (outer, inner), dtype=torch.uint8)
-    scale = torch.rand(outer, format.groups(inner)) / top + 0.01
-    offset = None
-    if format.offset == "zero":
-        offset = torch.randint(0, top, scale.shape)
-    if format.offset == "minimum":
-        offset = -scale * top * torch.rand(scale.shape)
-    return encode_codes(format, codes, scale, offset)
+    return format.nearest(torch.randn(outer, inner))
 
 
 @dataclass(frozen=True)
