@@ -297,14 +297,11 @@ def rename_arrays(expr: Expr, prefix: str) -> Expr:
     @cache
     def renamed(each: Expr) -> Expr:
         inner = rebuild(each, renamed)
-        return replace(inner, array=prefix + inner.array) if reads_array(inner) else inner
+        if isinstance(inner, Load | Code):
+            return replace(inner, array=prefix + inner.array)
+        return inner
 
     return renamed(expr)
-
-
-def reads_array(expr: Expr) -> bool:
-    """Say whether a node itself reads a stored array."""
-    return isinstance(expr, Load | Code)
 
 
 def substitute_indices(expr: Expr, values: Mapping[Index, Expr]) -> Expr:

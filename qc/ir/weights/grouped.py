@@ -12,9 +12,9 @@ Groups lie along the inputs (g32), along the outputs (o32: per input channel) or
 Scales and minima are float16, or terms of their own over the matrix of groups:
 `int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)` stores them in 6 bits in groups of 8.
 
-Sources: GPTQ (Frantar et al. 2022), section 3, for groups; AdaDim (Heo et al. 2023), section 3, for
-groups along the outputs; SpQR (Dettmers et al. 2023), section 4.2, for quantized scales; llama.cpp's
-Q4_1 and Q4_K for float minima.
+Sources: GPTQ (Frantar et al. 2022), section 3, for groups; AdaDim (Heo et al. 2023), section 3,
+for groups along the outputs; SpQR (Dettmers et al. 2023), section 4.2, for quantized scales;
+llama.cpp's Q4_1 and Q4_K for float minima.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class GroupedFormat(TermFormat):
     examples: ClassVar[tuple[str, ...]] = (
         "int2·g32·min", "int3·g64·zero", "int4·g32", "int4·g128·zero", "int4·row·min", "int5·g32",
         "int6·g64·min", "int7·g16", "int8·g32", "int8·row", "int4·o32·min", "int3·o16",
-        "int4·tensor", "int4·t16x16·zero", "uint4·g32", "int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)",
+        "int4·tensor", "int4·t16x16·zero", "uint4·g32",
+        "int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)",
         "int3·g16·min·scale(int3·o16·min)·minimum(int3·o16·min)",
         "int2·g16·scale(uint4·g16·scale(uint8·o16))",
     )  # fmt: skip

@@ -43,7 +43,8 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     per_word, width = codes_per_word(bits)
     if width > 7:
         single = unpack_codes(packed, 1, cols * bits).unflatten(1, (cols, bits)).int()
-        return (single << torch.arange(bits)).sum(-1).int()
+        whole: Tensor = (single << torch.arange(bits)).sum(-1)
+        return whole.int()
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
     parts = padded.unflatten(1, (-1, width))
     words = parts[..., 0].to(word_dtype(width))

@@ -1,4 +1,4 @@
-"""Floats that tiles of weights share: scales and minima, stored plainly or as a term of their own."""
+"""Floats that tiles of weights share: scales and minima, plain or as a term of their own."""
 
 from __future__ import annotations
 
