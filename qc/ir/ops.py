@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qc.ir.hadamard import rotate
 from qc.ir.op import Op, Sizes, same_float
 from qc.ir.quantized import QuantizedTensor, quantize_activation
 from qc.ir.types import (
@@ -494,6 +495,33 @@ class Linear(Op):
         if isinstance(x, QuantizedTensor):
             x = x.dequantize()
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Hadamard(Op):
+    """x (S (x) factor) over each `block` channels: a rotation where `factor` is orthogonal.
+
+    x [..., channels], factor [m, m], S the orthonormal Sylvester matrix of order block / m, a power
+    of two: channel i m + j of a block is place (i, j). A transposed factor gives the inverse.
+    """
+
+    name: ClassVar[str] = "hadamard"
+    block: int
+
+    def infer(self, x: TensorType, factor: TensorType) -> ValueType:
+        same_float(x, factor)
+        order = factor.shape[0] if factor.rank == 2 else 0
+        if not isinstance(order, int) or order < 1 or factor.shape[1] != order:
+            raise ValueError(f"the factor of a transform must be square, not {factor}")
+        rows, rest = divmod(self.block, order)
+        if rest or rows < 1 or rows & (rows - 1):
+            raise ValueError(f"{self.block} is not a power of two times the order of {factor}")
+        if not x.shape or not isinstance(x.shape[-1], int) or x.shape[-1] % self.block:
+            raise ValueError(f"{x} has no blocks of {self.block} channels")
+        return x
+
+    def meaning(self, x: Tensor, factor: Tensor, *, sizes: Sizes) -> Tensor:
+        return rotate(x, factor, self.block)
 
 
 @dataclass(frozen=True)

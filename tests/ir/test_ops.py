@@ -80,6 +80,8 @@ Q, K, V = draw(2, 5, 4, 8), draw(2, 7, 2, 8), draw(2, 7, 2, 6)
 ANGLES = draw(2, 5, 3).repeat(1, 1, 2)
 GAIN, BIAS = draw(8), draw(8)
 MASK, ADDED = draw(2, 1, 5, 7) > -1, draw(2, 1, 5, 7)
+ONE, FACTOR = torch.ones(1, 1), draw(2, 2)
+SYLVESTER = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(8)] for i in range(8)])
 UNARY = {
     "not": torch.logical_not,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -132,6 +134,12 @@ CASES = [
     Case(ops.MatMul(), (draw(4, 1, 3, 8), draw(2, 8, 5)), torch.matmul),
     Case(ops.Linear(), (X, draw(5, 8)), F.linear),
     Case(ops.Linear(), (X, draw(5, 8), draw(5)), F.linear),
+    Case(ops.Hadamard(8), (X, ONE), lambda x, f: x @ (SYLVESTER / 8**0.5)),
+    Case(ops.Hadamard(4), (X, ONE),
+         lambda x, f: x @ torch.kron(torch.eye(2), SYLVESTER[:4, :4] / 2)),
+    Case(ops.Hadamard(8), (X, FACTOR), lambda x, f: x @ torch.kron(SYLVESTER[:4, :4] / 2, f)),
+    Case(ops.Hadamard(2), (X.half(), FACTOR),
+         lambda x, f: (x.float() @ torch.kron(torch.eye(4), f)).half()),
     Case(ops.Conv2d(), (draw(2, 3, 9, 8), draw(4, 3, 3, 2)), F.conv2d),
     Case(ops.Conv2d((2, 1), (1, 0), (1, 2), 2), (draw(2, 4, 9, 8), draw(6, 2, 3, 2), draw(6)),
          lambda x, w, b: F.conv2d(x, w, b, (2, 1), (1, 0), (1, 2), 2)),
@@ -248,6 +256,11 @@ REFUSED: list[tuple[Op, tuple[Tensor, ...], str]] = [
     (ops.Softmax(0), (INTEGERS,), "expected floating-point values"),
     (ops.MatMul(), (X, Y), "cannot multiply"),
     (ops.Linear(), (X, draw(5, 8), draw(6)), "bias"),
+    (ops.Hadamard(8), (X, draw(2, 3)), "must be square"),
+    (ops.Hadamard(8), (X, draw(3, 3)), "not a power of two times"),
+    (ops.Hadamard(0), (X, ONE), "not a power of two times"),
+    (ops.Hadamard(16), (X, ONE), "has no blocks of 16"),
+    (ops.Hadamard(8), (INTEGERS, ONE), "expected floating-point values"),
     (ops.Conv2d(), (draw(1, 2, 4, 4), draw(1, 3, 2, 2)), "a convolution with weight"),
     (ops.RMSNorm(1e-6), (X, draw(7)), "gain"),
     (ops.LayerNorm(1e-6), (X, GAIN, draw(7)), "bias"),
