@@ -37,6 +37,9 @@ PrimExpr = Any
 # A launch costs 1-2 microseconds, in which one core does about this many simple operations.
 SERIAL_BELOW = 1 << 14
 
+# Python unrolls what is shorter than this many vectors; longer rows become loops.
+UNROLLED = 8
+
 
 def integer(value: PrimExpr | int) -> PrimExpr:
     """Make an int64 of a Python int; expressions pass."""
@@ -223,3 +226,17 @@ def run_on_all_threads(extent: PrimExpr | int, body: Callable[[PrimExpr], None])
 def store(buffer: Any, at: PrimExpr, value: PrimExpr) -> None:
     """Write to a flat buffer."""
     T.buffer_store(buffer, value, [at])
+
+
+def walk(start: PrimExpr, size: int, lanes: int, body: Callable[[PrimExpr, int], None]) -> None:
+    """Call body(channel, width) for all channels from `start` on: vectors in a loop, the rest
+    written out."""
+    vectors = size // lanes
+    if vectors > UNROLLED:
+        with T.serial(integer(0), integer(vectors)) as i:
+            body(start + i * integer(lanes), lanes)
+    else:
+        for i in range(vectors):
+            body(start + integer(i * lanes), lanes)
+    for offset, width in pieces(size - vectors * lanes, lanes):
+        body(start + integer(vectors * lanes + offset), width)

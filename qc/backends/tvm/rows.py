@@ -1,5 +1,5 @@
-"""Bodies that are local to a row: norms, softmax, quantization and what is element by element
-around them, over a last axis of known size.
+"""Bodies that are local to a row: norms, softmax, rotations, quantization and what is element by
+element around them, over a last axis of known size.
 
 A row is walked a few times: once for every statistic (a sum of squares, a maximum), and once to
 write the result. What is expensive to recompute is kept in a scratch row in between.
@@ -26,7 +26,9 @@ from qc.backends.tvm.function import (
     span,
     store,
     tree_reduce,
+    walk,
 )
+from qc.backends.tvm.hadamard import rotate
 from qc.backends.tvm.kernel import RESULT, Kernel, KernelRule, Region
 from qc.backends.tvm.vector_math import (
     ELEMENTWISE,
@@ -48,29 +50,12 @@ Term = Callable[[PrimExpr, int], PrimExpr]
 """(channel, width) -> that many float32 values."""
 
 STATISTICS = (ops.RMSNorm, ops.LayerNorm, ops.Softmax, ops.Reduce)
-ROW_OPS = (*ELEMENTWISE, *STATISTICS, ops.Quantize, ops.Input, ops.Scalar)
-
-# Python unrolls what is shorter than this many vectors; longer rows become loops.
-UNROLLED = 8
+ROW_OPS = (*ELEMENTWISE, *STATISTICS, ops.Hadamard, ops.Quantize, ops.Input, ops.Scalar)
 
 COMBINE: dict[str, Callable[[PrimExpr, PrimExpr], PrimExpr]] = {
     "sum": lambda a, b: a + b, "mean": lambda a, b: a + b, "max": tirx.max, "min": tirx.min,
 }  # fmt: skip
 NEUTRAL = {"sum": 0.0, "mean": 0.0, "max": float("-inf"), "min": float("inf")}
-
-
-def walk(start: PrimExpr, size: int, lanes: int, body: Callable[[PrimExpr, int], None]) -> None:
-    """Call body(channel, width) for all channels from `start` on: vectors in a loop, the rest
-    written out."""
-    vectors = size // lanes
-    if vectors > UNROLLED:
-        with T.serial(integer(0), integer(vectors)) as i:
-            body(start + i * integer(lanes), lanes)
-    else:
-        for i in range(vectors):
-            body(start + integer(i * lanes), lanes)
-    for offset, width in pieces(size - vectors * lanes, lanes):
-        body(start + integer(vectors * lanes + offset), width)
 
 
 def reduce_span(kind: str, start: PrimExpr, size: int, lanes: int, term: Term) -> PrimExpr:
@@ -121,7 +106,8 @@ class Row:
     ) -> PrimExpr:
         """Return values, each node's computed once (`seen`)."""
         if node in self.kept:
-            return self.kept[node][span(channel, width)]
+            kept = self.kept[node][span(channel, width)]
+            return convert(kept, TVM_NAMES[node.tensor.dtype])
         if node not in seen:
             computed = self.compute(node, channel, width, seen)
             shared = len(self.function.region.body.users[node]) > 1
@@ -180,6 +166,15 @@ class Row:
 
         walk(integer(0), self.size, self.function.lanes, body)
         self.kept[node] = row
+
+    def rotate(self, node: Node) -> None:
+        """Compute the whole row of a rotation, in float32."""
+        source, factor = node.inputs
+
+        def term(channel: PrimExpr, width: int) -> PrimExpr:
+            return convert(spread(self.value(source, channel, width), width), "float32")
+
+        self.kept[node] = rotate(self.function, node, term, self.function.buffers[factor])
 
     def reduce(self, kind: str, term: Term) -> PrimExpr:
         """Combine the terms of the whole row."""
@@ -261,8 +256,8 @@ CHEAP = ("add", "sub", "mul", "neg", "abs", "relu", "max", "min")
 
 def is_dear(node: Node) -> bool:
     """Say whether computing a value again costs more than reading it from scratch."""
-    if isinstance(node.op, ops.Input | ops.Scalar | ops.Reduce):
-        return False
+    if isinstance(node.op, ops.Input | ops.Scalar | ops.Reduce | ops.Hadamard):
+        return False  # the row of a rotation is always kept
     dear_op = not (
         isinstance(node.op, ops.RMSNorm | ops.LayerNorm | ops.Cast)
         or (isinstance(node.op, ops.Unary | ops.Binary) and node.op.kind in CHEAP)
@@ -278,12 +273,28 @@ def rows_of(region: Region) -> tuple[tuple[Dim, ...], int] | None:
     if not whole.tensor.shape or not isinstance(whole.tensor.shape[-1], int):
         return None
     shape, size = whole.tensor.shape, whole.tensor.shape[-1]
-    if not any(isinstance(n.op, (*STATISTICS, ops.Quantize)) for n in region.body.nodes):
+    whole_row = (*STATISTICS, ops.Hadamard, ops.Quantize)
+    if not any(isinstance(n.op, whole_row) for n in region.body.nodes):
         return None
     if any(is_cache(operand) for operand in region.operands) or size < 1:
         return None
-    fits = all(is_local(node, shape, root) for node in region.body.nodes)
-    return (shape[:-1], size) if fits else None
+    factors = factors_of(region)
+    fits = all(is_local(n, shape, root) for n in region.body.nodes if n not in factors)
+    given = all(isinstance(factor.op, ops.Input) for factor in factors)
+    return (shape[:-1], size) if fits and given else None
+
+
+def factors_of(region: Region) -> set[Node]:
+    """Return the factors of the rotations of a body that nothing else in it reads."""
+    return {
+        node.inputs[1]
+        for node in region.body.nodes
+        if isinstance(node.op, ops.Hadamard)
+        and all(
+            isinstance(user.op, ops.Hadamard) and user.inputs[0] is not node.inputs[1]
+            for user in region.body.users[node.inputs[1]]
+        )
+    }
 
 
 def is_local(node: Node, shape: tuple[Dim, ...], root: Node) -> bool:
@@ -300,6 +311,8 @@ def is_local(node: Node, shape: tuple[Dim, ...], root: Node) -> bool:
         whole = op.axes == (last,) and node.inputs[0].tensor.shape == shape
         return whole and (op.keepdim or node is root)
     if isinstance(op, ops.RMSNorm | ops.LayerNorm) and node.inputs[0].tensor.shape != shape:
+        return False
+    if isinstance(op, ops.Hadamard) and type.shape != shape:
         return False
     return type.shape in (shape, shape[-1:], (*shape[:-1], 1), ())
 
@@ -322,9 +335,12 @@ def rows(region: Region) -> Kernel | None:
             for node in region.body.nodes:
                 if isinstance(node.op, STATISTICS):
                     row.measure(node)
+                elif isinstance(node.op, ops.Hadamard):
+                    row.rotate(node)
             write(row)
 
-        for_each(extent, 4 * size, one_row)
+        products = sum(int(factor.tensor.shape[0]) for factor in factors_of(region))
+        for_each(extent, (4 + products) * size, one_row)
 
     return build("rows", region, emit)
 

@@ -5,7 +5,7 @@ so fusing never computes anything twice and never makes a cycle:
 
     linear      linear(s) sharing an input, then element by element on the result
     attention   rope in front of the queries, attention; rope in front of a cache append
-    rows        norms, quantization and what is local to a row around them
+    rows        norms, rotations, quantization and what is local to a row around them
     elements    any chain of element-by-element and index operations
 """
 
@@ -26,7 +26,8 @@ from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import QUANTIZED, Stage, types_are_inferred
 
 ELEMENTWISE = (ops.Unary, ops.Binary, ops.Where, ops.Cast, ops.GatedActivation)
-ROW_LOCAL = (*ELEMENTWISE, ops.RMSNorm, ops.LayerNorm, ops.Quantize)
+WHOLE_ROW = (ops.RMSNorm, ops.LayerNorm, ops.Hadamard, ops.Quantize)
+ROW_LOCAL = (*ELEMENTWISE, *WHOLE_ROW)
 INDEXING = (
     ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Concat,
     ops.Arange, ops.Full, ops.Size, ops.Embedding,
@@ -135,14 +136,18 @@ class Grouping:
 
 def keeps_rows(node: Node, like: Node) -> bool:
     """Say whether `node` has the shape of `like` and reads only values of that shape, vectors
-    along its last axis, and scalars."""
+    along its last axis, scalars, and the stored factor of a rotation."""
     if isinstance(node.type, TupleType) or node.tensor.shape != like.tensor.shape:
         return False
     if not (node.tensor.is_float and like.tensor.is_float):
         return False
-    last = like.tensor.shape[-1:]
+    last, operands = like.tensor.shape[-1:], node.inputs
+    if isinstance(node.op, ops.Hadamard):
+        if not isinstance(node.inputs[1].op, ops.Parameter):
+            return False
+        operands = node.inputs[:1]
     return all(
-        i.tensor.is_float and i.tensor.shape in (like.tensor.shape, last, ()) for i in node.inputs
+        i.tensor.is_float and i.tensor.shape in (like.tensor.shape, last, ()) for i in operands
     )
 
 
@@ -202,9 +207,9 @@ def attention_regions(grouping: Grouping) -> None:
 
 
 def row_regions(grouping: Grouping) -> None:
-    """Norms and quantization with the row-local work before and after them."""
+    """Norms, rotations and quantization with the row-local work before and after them."""
     for node in grouping.graph.nodes:
-        if not grouping.free(node, (ops.RMSNorm, ops.LayerNorm, ops.Quantize)):
+        if not grouping.free(node, WHOLE_ROW):
             continue
         inside = {node}
         grouping.grow_up(inside, ROW_LOCAL, rows_of=node)

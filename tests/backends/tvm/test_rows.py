@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from qc.backends.tvm.rows import row_rules
+from qc.ir.hadamard import factor_for, rotate
 from qc.ir.node import Node, make
 from qc.ir.ops import (
     Binary,
     GatedActivation,
+    Hadamard,
     LayerNorm,
+    Parameter,
     Quantize,
     Reduce,
     RMSNorm,
@@ -20,7 +23,9 @@ from qc.ir.ops import (
 )
 from qc.ir.target import CPUS
 from qc.ir.types import ActivationFormat, symbol
-from tests.backends.tvm.kernels import Case, check, compiled, fused, kernel_of, value
+from qc.ir.weights.dense import dense_weight
+from qc.passes.exactness import distance
+from tests.backends.tvm.kernels import Case, check, compiled, fused, kernel_of, run, value
 from tests.backends.tvm.test_elementwise import cases_of
 
 BATCH, SEQ = symbol("batch"), symbol("seq")
@@ -69,7 +74,50 @@ def test_rows_of_zeros_and_of_minus_infinity() -> None:
     check(cases, row_rules)
 
 
+def rotated(x: Node, block: int) -> Node:
+    return make(Hadamard(block), x, make(Parameter(dense_weight("f", factor_for(block)))))
+
+
+ROTATIONS = [2, 6, 12, 20, 36, 44, 64, 86, 96, 576, 1536, 4096]
+
+
+def test_rotations_are_exact_to_float32_rounding() -> None:
+    nodes = [fused(rotated(value("x", BATCH, size), size)) for size in ROTATIONS]
+    kernels = [kernel_of(node, row_rules) for node in nodes]
+    module = compiled(kernels)
+    for i, (node, size) in enumerate(zip(nodes, ROTATIONS, strict=True)):
+        for rows in (1, 3):
+            x = torch.randn(rows, size)
+            found = run(module[f"k{i}"], kernels[i], Case(node, {"batch": rows}, (x,)))
+            expected = rotate(x.double(), factor_for(size).double(), size)
+            assert distance(expected, found.reshape(rows, size)) < 3e-7  # measured: 1.4e-7
+
+
+@pytest.mark.parametrize("size", [6, 36, 64, 96, 576])
+def test_rotations_with_what_is_around_them(size: int) -> None:
+    x, gain, scale = value("x", BATCH, SEQ, size), value("gain", size), value("scale", size)
+    norm = make(RMSNorm(1e-5), x, gain)
+    turned = rotated(make(Binary("mul"), norm, scale), size)
+    twice = rotated(rotated(make(Unary("tanh"), x), size), size // 2)
+    roots = [
+        make(Quantize(ActivationFormat(8, 32)), turned),
+        make(Quantize(ActivationFormat(8)), rotated(x, size // 2)),
+        make(Binary("add"), turned, make(Scalar(1.0))),
+        make(RMSNorm(1e-5), make(Binary("add"), twice, x), gain),
+        make(Hadamard(size), x, value("factor", *factor_for(size).shape)),
+    ]
+    check(cases_of(roots, SIZES), row_rules)
+
+
+def test_rotations_of_half_precision() -> None:
+    x = value("x", BATCH, SEQ, 48, dtype=torch.float16)
+    cases = cases_of([rotated(x, 48), make(Unary("neg"), rotated(x, 16))], SIZES)
+    check([Case(c.node, c.sizes, c.values, 2e-3) for c in cases], row_rules)
+
+
 @pytest.mark.parametrize("architecture", ["x86_64-v2", "avx512-vnni"])
 def test_other_machines_compile(architecture: str) -> None:
     target = CPUS[architecture]
-    compiled([kernel_of(fused(root), row_rules, target) for root in roots_of(129)], target)
+    x = value("x", BATCH, SEQ, 576)
+    roots = [*roots_of(129), rotated(x, 576), rotated(x, 64)]
+    compiled([kernel_of(fused(root), row_rules, target) for root in roots], target)

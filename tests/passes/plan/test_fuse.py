@@ -174,6 +174,20 @@ def test_norms_take_rows_and_only_rows() -> None:
     assert "elements: permute" in labels(planned(graph(turned)))
 
 
+def test_rotations_join_the_rows_around_them() -> None:
+    x = value("x", BATCH, SEQ, 8)
+    norm = make(ops.RMSNorm(1e-6), x, stored(8))
+    turned = make(ops.Hadamard(8), mul(norm, stored(8)), stored(2, 2))
+    codes = make(ops.Quantize(ActivationFormat()), turned)
+    after = planned(graph(make(ops.Linear(), codes, stored(4, 8))))
+    assert labels(after) == ["rows: rms_norm mul hadamard quantize", "linear: linear"]
+    several = [make(ops.Linear(), turned, stored(4, 8)) for _ in range(2)]
+    assert "rows: rms_norm mul hadamard" in labels(planned(graph(*several)))
+    assert labels(planned(graph(make(ops.Hadamard(4), x, stored(2, 2))))) == ["rows: hadamard"]
+    computed = make(ops.Hadamard(4), unary("tanh", x), unary("exp", stored(2, 2)))
+    assert labels(planned(graph(computed))) == ["elements: exp", "rows: tanh hadamard"]
+
+
 def test_equal_bodies_are_equal_in_structure() -> None:
     x = value("x", BATCH, 8)
     a, b = (make(ops.Linear(), x, stored(4, 8)) for _ in range(2))
@@ -203,6 +217,7 @@ BUILDERS = (
     lambda a, b: make(ops.Linear(), a, stored(8, 8)),
     lambda a, b: reshape(permute(reshape(a, BATCH, SEQ, 2, 4), 0, 1, 3, 2), BATCH, SEQ, 8),
     lambda a, b: make(ops.Softmax(2), a),
+    lambda a, b: make(ops.Hadamard(8), a, stored(2, 2)),
     lambda a, b: make(ops.Linear(), make(ops.Quantize(ActivationFormat(8, 4)), a), stored(8, 8)),
 )
 
