@@ -91,9 +91,9 @@ def region_symbols(region: Region) -> list[str]:
     return sorted(found)
 
 
-def dense_values(weight: Weight) -> dict[str, torch.Tensor]:
+def dense_values(weight: Weight) -> torch.Tensor:
     """Decode a parameter that a kernel wants as plain values."""
-    return {"values": weight.dense()}
+    return weight.dense()
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Function:
 
     region: Region
     arguments: list[Argument] = field(default_factory=list)
-    repack: dict[int, Repack] = field(default_factory=dict)
+    repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
     sizes: dict[str, PrimExpr] = field(default_factory=dict)
     buffers: dict[Node, Any] = field(default_factory=dict)
 
@@ -155,7 +155,7 @@ class Function:
             if list(stored) == ["0.values"]:
                 array, dtype = "0.values", stored["0.values"].dtype
             else:
-                self.repack[operand] = dense_values
+                self.repack[operand, "values"] = dense_values
         flat = (element_count(node.tensor.shape),)
         self.buffers[node] = self.declare(operand, array, TVM_NAMES[dtype], flat)
         return self.buffers[node]

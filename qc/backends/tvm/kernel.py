@@ -45,16 +45,16 @@ class SizeArgument:
 
 Argument = ArrayArgument | SizeArgument
 
-Repack = Callable[[Weight], dict[str, torch.Tensor]]
-"""Turn a stored weight into the arrays that a kernel reads: the same bits in another order."""
+Repack = Callable[[Weight], torch.Tensor]
+"""Turn a stored weight into an array that a kernel reads: the same bits in another order."""
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A TVM PrimFunc (still without its global symbol) and its argument list.
 
-    `repack` gives, by operand, how a weight is laid out for this kernel; without an entry a weight
-    comes as its format's own arrays ("0.codes", "0.scale", ...).
+    `repack` gives, by operand and array, how a weight is laid out for this kernel; an array without
+    an entry is one of its format's own ("0.codes", "0.scale", ...).
     `in_place` is the operand whose buffer the result shares (a KV cache being appended to).
     `rule` names the kernel rule, for reports.
     """
@@ -62,7 +62,7 @@ class Kernel:
     rule: str
     function: Any
     arguments: tuple[Argument, ...]
-    repack: Mapping[int, Repack] = field(default_factory=dict)
+    repack: Mapping[tuple[int, str], Repack] = field(default_factory=dict)
     in_place: int | None = None
 
 

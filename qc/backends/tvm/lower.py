@@ -270,13 +270,13 @@ class Lowering:
         if not isinstance(operand.op, ops.Parameter):
             return self.places[operand][argument.array]
         weight = operand.op.weight
-        repack = kernel.repack.get(argument.operand)
+        repack = kernel.repack.get((argument.operand, argument.array))
         layout = "" if repack is None else f"{kernel.rule}:"
         name = f"{layout}{argument.array}"
         if repack is None:
             return self.stored(operand, name, lambda: weight.arrays()[argument.array])
         alike = (str(weight.format), weight.shape, name)
-        return self.stored(operand, name, lambda: repack(weight)[argument.array], alike)
+        return self.stored(operand, name, lambda: repack(weight), alike)
 
     def stored(
         self,

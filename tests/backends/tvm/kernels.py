@@ -149,10 +149,10 @@ def operand_array(
     """Return the array of an operand under the shape that the kernel sees."""
     node, operand = case.node.inputs[argument.operand], operands[argument.operand]
     if isinstance(node.op, Parameter):
-        repack = kernel.repack.get(argument.operand)
+        repack = kernel.repack.get((argument.operand, argument.array))
         weight = node.op.weight
-        arrays = weight.arrays() if repack is None else repack(weight)
-        return arrays[argument.array].contiguous().reshape(shape)
+        array = weight.arrays()[argument.array] if repack is None else repack(weight)
+        return array.contiguous().reshape(shape)
     if is_append(node):
         cache = torch.full(shape, torch.nan, dtype=operand.dtype)
         cache[:, : operand.shape[1]] = operand

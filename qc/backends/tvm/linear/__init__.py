@@ -1,10 +1,8 @@
-"""Linear kernels, from the most special rule to the one that takes every weight format."""
+"""Linear kernels: any sum of terms, from the most special way to the one that takes everything."""
 
 from __future__ import annotations
 
 from qc.backends.tvm.kernel import KernelRule
-from qc.backends.tvm.linear.decode import decoded_linear
-from qc.backends.tvm.linear.float_dot import float_linear
-from qc.backends.tvm.linear.int8_dot import int8_linear
+from qc.backends.tvm.linear.rule import linear_rule
 
-linear_rules: tuple[KernelRule, ...] = (int8_linear, float_linear, decoded_linear)
+linear_rules: tuple[KernelRule, ...] = (linear_rule,)

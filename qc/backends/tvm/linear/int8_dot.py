@@ -12,27 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.kernel import Kernel, Region
 from qc.backends.tvm.linear.codes import StreamReader, joined, nibbles
+from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK, QUADS, STEP, Stream, stream_of
-from qc.backends.tvm.linear.matching import LinearRegion, match_linear
-from qc.backends.tvm.linear.skeleton import (
-    Signature,
-    accumulator,
-    build_kernel,
-    for_each_block,
-    for_each_tile,
-    store_tile,
-)
+from qc.backends.tvm.linear.skeleton import Signature, accumulator
+from qc.backends.tvm.linear.stream_float import declare_stream
+from qc.backends.tvm.linear.term import Place, Products, TermKernel
 from qc.backends.tvm.linear.vectors import float_lanes, prefetch, pure, span, splat
-from qc.ir.node import Node
 from qc.ir.target import Target
 
-TILES = {16: 4, 32: 6, 64: 8}
+INT8_TILES = {16: 4, 32: 6, 64: 8}
 """Rows of x that share unpacked codes, by bytes of a vector: 16 or 32 registers hold the codes of
 a step and most of the sums. On AVX2, 6 rows ran 10 % faster than 4, and 12 no faster than 6."""
 
@@ -52,82 +45,71 @@ ADD_PAIRS = {
 VNNI = "llvm.x86.avx512.vpdpbusd.512"
 
 
-def int8_linear(region: Region) -> Kernel | None:
+@dataclass(frozen=True)
+class Int8Stream(TermKernel):
+    """Multiply int8 codes by a stream of codes."""
+
+    rule: ClassVar[str] = "int8_dot"
+    place: Place
+    stream: Stream
+
+    @property
+    def work(self) -> float:
+        return 0.5 if self.place.target.has("avx512_vnni") else 1.0
+
+    def declare(self, signature: Signature) -> None:
+        declare_stream(self.place, self.stream, signature)
+
+    def block(self, signature: Signature, inputs: Inputs, block: Any, many: bool) -> Products:
+        lanes = float_lanes(self.place.target)
+        buffer = self.place.buffer(signature, "stream")
+        reader = StreamReader(self.stream, buffer, block, self.place.target, lanes)
+
+        def add(row: Any, height: int, sums: Any) -> None:
+            tile = Tile(inputs, reader, row, height)
+            vectors = range(0, BLOCK, lanes)
+            # A tile goes over the block once for each vector of outputs: together, LLVM keeps the
+            # repeated activations of all rows for the second vector and spills them.
+            for together in [vectors] if height == 1 else [[first] for first in vectors]:
+                with T.serial(T.int64(0), T.int64(self.stream.inner // tile.unit)) as unit:
+                    tile.emit_unit(unit, sums, together)
+
+        return add
+
+
+def int8_term(place: Place) -> TermKernel | None:
     """Multiply in int8 where both sides come in groups of whole steps of 32 inputs."""
-    linear = match_linear(region)
-    if linear is None or linear.activation is None or not region.target.has("ssse3"):
+    activation = place.activation
+    if activation is None or activation.bits != 8 or not place.target.has("ssse3"):
         return None
-    if linear.activation.bits != 8 or (linear.activation.group or STEP) % STEP:
+    stream = stream_of(place.format, place.outer, place.inner)
+    if stream is None or (activation.group or STEP) % STEP:
         return None
-    streams = [stream_of(format, linear.outer, linear.inner) for format in linear.formats]
-    found = dict(zip(linear.linears, (s for s in streams if s is not None), strict=False))
-    if len(found) != len(linear.linears):
-        return None
-
-    def emit(signature: Signature) -> None:
-        def emit_block(block: Any) -> None:
-            for_each_tile(
-                signature,
-                TILES[region.target.vector_bytes],
-                lambda row, height: emit_tile(signature, found, block, row, height),
-            )
-
-        for_each_block(signature, -(-linear.outer // BLOCK), emit_block)
-
-    def declare(signature: Signature) -> None:
-        for node, stream in found.items():
-            shape = (stream.blocks, stream.block_bytes)
-            signature.declare_weight(node, "stream", "uint8", shape, stream.repack)
-
-    return build_kernel("int8_dot", linear, declare, emit)
-
-
-def emit_tile(
-    signature: Signature, streams: dict[Node, Stream], block: Any, row: Any, height: int
-) -> None:
-    """Compute 16 outputs of `height` rows."""
-    target = signature.linear.region.target
-    lanes = float_lanes(target)
-    sums: dict[Node, list[Any]] = {}
-    for node, stream in streams.items():
-        reader = StreamReader(stream, signature.weight(node, "stream"), block, target, lanes)
-        tile = Tile(signature, reader, row, height)
-        sums[node] = [accumulator(lanes) for _ in range(height)]
-        vectors = range(0, BLOCK, lanes)
-        # A tile goes over the block once for each vector of outputs: together, LLVM keeps the
-        # repeated activations of all rows for the second vector and spills them.
-        for together in [vectors] if height == 1 else [[first] for first in vectors]:
-            with T.serial(T.int64(0), T.int64(stream.inner // tile.unit)) as unit:
-                tile.emit_unit(unit, sums[node], together)
-    store_tile(signature, sums, row, block, lanes)
+    return Int8Stream(place, stream)
 
 
 @dataclass(frozen=True)
 class Tile:
     """The products of `height` rows of x with one block of a weight."""
 
-    signature: Signature
+    inputs: Inputs
     reader: StreamReader
     row: Any
     height: int
 
     @property
-    def linear(self) -> LinearRegion:
-        return self.signature.linear
-
-    @property
     def target(self) -> Target:
-        return self.linear.region.target
+        return self.reader.target
 
     @property
     def activation_group(self) -> int:
-        assert self.linear.activation is not None
-        return self.linear.activation.group or self.linear.inner
+        assert self.inputs.format is not None
+        return min(self.inputs.format.group or self.inputs.inner, self.inputs.inner)
 
     @property
     def unit(self) -> int:
         """Inputs over which neither a weight scale nor an activation scale changes."""
-        return gcd(self.reader.stream.group, self.activation_group, self.linear.inner)
+        return gcd(self.reader.stream.group, self.activation_group, self.inputs.inner)
 
     @property
     def width(self) -> int:
@@ -149,7 +131,7 @@ class Tile:
             self.emit_prefetch(codes)
         group = T.floordiv(first_input, T.int64(self.activation_group))
         rows = range(self.height)
-        scales = [T.Bind(self.signature.x("scale")[self.row + r, group]) for r in rows]
+        scales = [T.Bind(self.inputs.scale[self.row + r, group]) for r in rows]
         totals = [self.total(r, unit, first_input, scales[r]) for r in rows]
         for first in vectors:
             integers = self.emit_integers(codes, first_input, first)
@@ -171,14 +153,12 @@ class Tile:
     def total(self, r: int, unit: Any, first_input: Any, scale: Any) -> Any:
         """Return x_scale times the sum of the codes of one unit of a row of x."""
         if self.unit == self.activation_group:
-            return T.Bind(self.signature.x("total")[self.row + r, unit])
+            return T.Bind(self.inputs.total[self.row + r, unit])
         width = min(self.width, STEP)
         partial = accumulator(width // 4, "int32", width // 4)
         with T.serial(T.int64(0), T.int64(self.unit // width)) as step:
             at = span(first_input + step * width, width)
-            pairs = self.pairs(
-                splat(T.uint8(1), width), self.signature.x("codes")[self.row + r, at]
-            )
+            pairs = self.pairs(splat(T.uint8(1), width), self.inputs.codes[self.row + r, at])
             whole = partial[span(0, width // 4)] + self.added(pairs, 1)
             T.buffer_store(partial, whole, [span(0, width // 4)])
         integer = pure("int32", "llvm.vector.reduce.add", partial[span(0, width // 4)])
@@ -243,7 +223,7 @@ class Tile:
 
     def four_inputs(self, r: int, first_input: Any) -> Any:
         """Repeat four consecutive activations of a row over a vector."""
-        four = self.signature.x("codes")[self.row + r, span(first_input, 4)]
+        four = self.inputs.codes[self.row + r, span(first_input, 4)]
         repeated = splat(T.reinterpret("int32", four), self.reader.lanes)
         return T.reinterpret(f"int8x{self.width}", repeated)
 

@@ -13,7 +13,7 @@ product reads memory strictly forward. The same bytes serve vectors of 16, 32 an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qc.ir.weights.grouped import GroupedFormat
 from qc.ir.weights.packing import unpack_codes
-from qc.ir.weights.weight import Weight, WeightFormat
+from qc.ir.weights.weight import TermFormat
 
 BLOCK = 16
 STEP = 32
@@ -91,20 +91,19 @@ class Stream:
             shift += width
         return tuple(found)
 
-    def repack(self, weight: Weight) -> dict[str, Tensor]:
-        """Return the stream u8[blocks, block_bytes] of a weight in this format."""
-        arrays = weight.arrays()
+    def repack(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Return the stream u8[blocks, block_bytes] of the arrays of a term in this format."""
         result = torch.empty(self.blocks, self.block_bytes, dtype=torch.uint8)
         for start in range(0, self.outer, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            codes = unpacked(arrays["0.codes"][rows], self.format.bits_per_code, self.inner)
-            heads = [self.packed_head(arrays["0.scale"][rows])]
+            codes = unpacked(arrays["codes"][rows], self.format.bits_per_code, self.inner)
+            heads = [self.packed_head(arrays["scale"][rows])]
             if self.format.offset != "symmetric":
-                heads.append(self.packed_head(arrays[f"0.{self.format.offset}"][rows]))
+                heads.append(self.packed_head(arrays[self.format.offset][rows]))
             parts = self.interleaved(torch.cat(heads, -1), self.packed_codes(codes))
             packed = torch.cat(list(parts), 1)
             result[start // BLOCK : start // BLOCK + len(packed)] = packed
-        return {"stream": result}
+        return result
 
     def packed_head(self, per_group: Tensor) -> Tensor:
         """Return the bytes u8[blocks, groups, n] of scales or offsets [rows, groups]."""
@@ -134,11 +133,11 @@ class Stream:
             yield steps[:, full * each :].flatten(1)
 
 
-def stream_of(format: WeightFormat, outer: int, inner: int) -> Stream | None:
-    """Return the layout of a weight that is one grouped term in steps of 32; None otherwise."""
-    match format.terms:
-        case (GroupedFormat() as grouped,):
-            stream = Stream(grouped, outer, inner)
+def stream_of(format: TermFormat, outer: int, inner: int) -> Stream | None:
+    """Return the layout of a term that is grouped in steps of 32; None otherwise."""
+    match format:
+        case GroupedFormat(tile_rows=1, scale=None, minimum=None) if format.offset != "none":
+            stream = Stream(format, outer, inner)
             return stream if inner % STEP == 0 and stream.group % STEP == 0 else None
     return None
 

@@ -12,6 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from qc.backends.tvm.kernel import RESULT, Argument, ArrayArgument, Kernel, Repack
+from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.matching import LinearRegion, is_number, is_vector
 from qc.backends.tvm.linear.vectors import index, span, splat
 from qc.backends.tvm.vector_math import render
@@ -35,7 +36,7 @@ class Signature:
     linear: LinearRegion
     rows: Any
     arguments: list[Argument] = field(default_factory=list)
-    repack: dict[int, Repack] = field(default_factory=dict)
+    repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
     buffers: dict[tuple[int, str], Any] = field(default_factory=dict)
 
     def declare(
@@ -77,27 +78,28 @@ class Signature:
             if format == FLOAT32:
                 array = "0.values"
             elif format is not None:
-                self.repack[operand] = float_values
+                self.repack[operand, array] = float_values
             size = 1 if is_number(node) else outer
             self.declare(operand, array, "float32", (size,), by_row)
         self.declare(RESULT, "values", "float32", (outer,), by_row=True)
 
     def declare_weight(
-        self, node: Node, array: str, dtype: str, shape: Sequence[int], repack: Repack
+        self, operand: int, array: str, dtype: str, shape: Sequence[int], repack: Repack
     ) -> None:
-        """Declare the repacked weight of a linear, once where two linears share it."""
-        operand = self.linear.operand(node.inputs[1])
-        if operand not in self.repack:
-            self.repack[operand] = repack
+        """Declare a repacked array of a weight, once where two linears share it."""
+        if (operand, array) not in self.repack:
+            self.repack[operand, array] = repack
             self.declare(operand, array, dtype, shape)
 
-    def weight(self, node: Node, array: str) -> Any:
-        """Return a buffer of the weight of a linear."""
-        return self.buffers[self.linear.operand(node.inputs[1]), array]
-
-    def x(self, array: str = "values") -> Any:
-        """Return one of the buffers of x."""
-        return self.buffers[self.linear.operand(self.linear.x), array]
+    def inputs(self) -> Inputs:
+        """Return what the weights multiply."""
+        linear = self.linear
+        x = {
+            array: buffer
+            for (operand, array), buffer in self.buffers.items()
+            if operand == linear.operand(linear.x)
+        }
+        return Inputs(self.rows, linear.inner, linear.region.target, format=linear.activation, **x)
 
     def read_extra(self, node: Node, row: Any, column: Any, lanes: int) -> Any:
         """Load what the epilogue of `lanes` outputs of one row reads of an extra operand."""
@@ -113,9 +115,9 @@ class Signature:
         return self.buffers[RESULT, "values"]
 
 
-def float_values(weight: Weight) -> dict[str, torch.Tensor]:
+def float_values(weight: Weight) -> torch.Tensor:
     """Lay a vector out as float32 values."""
-    return {"values": weight.dense().float().contiguous()}
+    return weight.dense().float().contiguous()
 
 
 def build_kernel(
@@ -146,23 +148,22 @@ def for_each_block(signature: Signature, blocks: int, emit: Callable[[Any], None
 
 
 def for_each_tile(
-    signature: Signature,
-    height: int,
-    emit: Callable[[Any, int], None],
-    prepare: Callable[[], None] = lambda: None,
+    signature: Signature, height: int, begin: Callable[[bool], Callable[[Any, int], None]]
 ) -> None:
-    """Emit `emit(row, height)` for tiles of rows, or `emit(row, 1)` where there are fewer.
+    """Emit tiles of `height` rows, or single rows where there are fewer.
 
-    `prepare()` is emitted in front of the tiles. The last tile is moved up to end at the last row:
-    rows in the overlap are computed twice, to the same values, so the result must not share memory
-    with an operand.
+    `begin(many)` is emitted once in front of them and returns how to emit (row, height). The last
+    tile is moved up to end at the last row: rows in the overlap are computed twice, to the same
+    values, so the result must not share memory with an operand.
     """
     rows = signature.rows
     with T.If(rows < height):
-        with T.Then(), T.serial(T.int64(0), rows) as row:
-            emit(row, 1)
+        with T.Then():
+            emit = begin(False)
+            with T.serial(T.int64(0), rows) as row:
+                emit(row, 1)
         with T.Else():
-            prepare()
+            emit = begin(True)
             with T.serial(T.int64(0), T.floordiv(rows + (height - 1), height)) as tile:
                 emit(T.Bind(T.min(tile * height, rows - height)), height)
 

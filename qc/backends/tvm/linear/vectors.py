@@ -30,6 +30,12 @@ def typed(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
+def lanes_of(value: Any) -> int:
+    """Return the number of lanes of a value, 1 for a scalar."""
+    kind = str(value.ty)
+    return int(kind.rpartition("x")[2]) if "x" in kind else 1
+
+
 def pure(result: str, intrinsic: str, *operands: Any) -> Any:
     """Call an LLVM intrinsic without side effects."""
     number = tvm.target.codegen.llvm_lookup_intrinsic_id(intrinsic)

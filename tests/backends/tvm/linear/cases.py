@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -113,32 +113,28 @@ def widened(value: Any) -> Any:
 
 def buffers(kernel: Kernel, values: Sequence[Any], result: Tensor) -> list[Any]:
     """Lay out a kernel's arguments."""
-    packed: dict[int, Mapping[str, Tensor]] = {}
     arguments = []
     for argument in kernel.arguments:
         assert isinstance(argument, ArrayArgument)
         if argument.operand == RESULT:
-            arguments.append(result)
+            arguments.append(tvm.runtime.from_dlpack(result))
             continue
-        value = values[argument.operand]
-        if argument.operand not in packed:
-            packed[argument.operand] = arrays_of(value, kernel, argument.operand)
-        arguments.append(packed[argument.operand][argument.array].contiguous())
-    return [tvm.runtime.from_dlpack(a.clone()) for a in arguments[:-1]] + [
-        tvm.runtime.from_dlpack(result)
-    ]
+        array = array_of(values[argument.operand], kernel, argument).contiguous()
+        arguments.append(tvm.runtime.from_dlpack(array.clone()))
+    return arguments
 
 
-def arrays_of(value: Any, kernel: Kernel, operand: int) -> Mapping[str, Tensor]:
-    """Return the arrays that hold an operand."""
+def array_of(value: Any, kernel: Kernel, argument: ArrayArgument) -> Tensor:
+    """Return one of the arrays that hold an operand."""
     if isinstance(value, Weight):
-        repack = kernel.repack.get(operand)
-        return value.arrays() if repack is None else repack(value)
+        repack = kernel.repack.get((argument.operand, argument.array))
+        return value.arrays()[argument.array] if repack is None else repack(value)
     if isinstance(value, QuantizedTensor):
         groups, _ = split_groups(value.codes.float(), value.format.group)
         total = groups.sum(-1) * value.scale
-        return {"codes": value.codes, "scale": value.scale, "total": total}
-    return {"values": value}
+        return {"codes": value.codes, "scale": value.scale, "total": total}[argument.array]
+    assert isinstance(value, Tensor)
+    return value
 
 
 def compile_cases(rule: KernelRule, cases: Sequence[Case], target: Target) -> list[Kernel]:

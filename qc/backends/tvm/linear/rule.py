@@ -1,0 +1,132 @@
+"""The rule for linears: choose a kernel for each term, put them into one function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qc.backends.tvm.kernel import Kernel, Region
+from qc.backends.tvm.linear.decoded import decoded_term
+from qc.backends.tvm.linear.dense import dense_term
+from qc.backends.tvm.linear.inputs import Inputs
+from qc.backends.tvm.linear.int8_dot import INT8_TILES, int8_term
+from qc.backends.tvm.linear.layout import BLOCK
+from qc.backends.tvm.linear.matching import LinearRegion, match_linear
+from qc.backends.tvm.linear.panels import FLOAT_TILES
+from qc.backends.tvm.linear.scalar import scalar_term
+from qc.backends.tvm.linear.skeleton import (
+    Signature,
+    accumulator,
+    build_kernel,
+    for_each_block,
+    for_each_tile,
+    store_tile,
+)
+from qc.backends.tvm.linear.stream_float import float_stream_term
+from qc.backends.tvm.linear.term import Place, TermKernel, TermRule
+from qc.backends.tvm.linear.vectors import float_lanes
+from qc.ir.node import Node
+from qc.ir.weights.weight import WeightFormat
+
+FAST_RULES: list[TermRule] = [int8_term, dense_term, float_stream_term, decoded_term]
+"""From the most special; without any of them everything still works, slower."""
+
+
+def term_kernel(place: Place) -> TermKernel:
+    """Return how a term is multiplied: the first rule that takes it, or element by element."""
+    for rule in FAST_RULES:
+        found = rule(place)
+        if found is not None:
+            return found
+    return scalar_term(place)
+
+
+@dataclass(frozen=True)
+class LinearKernels:
+    """The kernels of all terms of all linears of a region."""
+
+    linear: LinearRegion
+    terms: Mapping[Node, Sequence[TermKernel]]
+
+    @property
+    def rule(self) -> str:
+        """The names of the rules, for reports."""
+        names = dict.fromkeys(kernel.rule for kernels in self.terms.values() for kernel in kernels)
+        return "_".join(names)
+
+    def declare(self, signature: Signature) -> None:
+        """Declare the arrays of all weights."""
+        for kernels in self.terms.values():
+            for kernel in kernels:
+                kernel.declare(signature)
+
+    def emit(self, signature: Signature) -> None:
+        """Emit the function's body."""
+        inputs = signature.inputs()
+        for kernels in self.terms.values():
+            for kernel in kernels:
+                kernel.prepare(signature, inputs)
+        blocks = -(-self.linear.outer // BLOCK)
+        for_each_block(signature, blocks, lambda block: self.emit_block(signature, inputs, block))
+
+    def emit_block(self, signature: Signature, inputs: Inputs, block: Any) -> None:
+        """Emit a block of 16 outputs of all rows."""
+        target = self.linear.region.target
+        lanes = float_lanes(target)
+
+        def begin(many: bool) -> Any:
+            products = {
+                node: [kernel.block(signature, inputs, block, many) for kernel in kernels]
+                for node, kernels in self.terms.items()
+            }
+
+            def emit(row: Any, height: int) -> None:
+                sums = {n: [accumulator(lanes) for _ in range(height)] for n in products}
+                for node, added in products.items():
+                    for add in added:
+                        add(row, height, sums[node])
+                store_tile(signature, sums, row, block, lanes)
+
+            return emit
+
+        for_each_tile(signature, self.tile_height(), begin)
+
+    def tile_height(self) -> int:
+        """Return the rows of a tile: as many as the most demanding term keeps in registers."""
+        size = self.linear.region.target.vector_bytes
+        kernels = [kernel for kernels in self.terms.values() for kernel in kernels]
+        return min(INT8_TILES[size] if k.rule == "int8_dot" else FLOAT_TILES[size] for k in kernels)
+
+
+def choose_kernels(linear: LinearRegion) -> LinearKernels:
+    """Choose how every term of a region is multiplied."""
+    terms = {
+        node: [term_kernel(place) for place in places_of(linear, node, format)]
+        for node, format in zip(linear.linears, linear.formats, strict=True)
+    }
+    return LinearKernels(linear, terms)
+
+
+def places_of(linear: LinearRegion, node: Node, format: WeightFormat) -> list[Place]:
+    """Return the terms of the weight of one linear."""
+    return [
+        Place(
+            linear.operand(node.inputs[1]),
+            f"{number}.",
+            term,
+            (linear.outer, linear.inner),
+            linear.region.target,
+            linear.activation,
+        )
+        for number, term in enumerate(format.terms)
+    ]
+
+
+def linear_rule(region: Region) -> Kernel | None:
+    """Multiply by stored matrices, then the epilogue: any sum of terms is one kernel."""
+    linear = match_linear(region)
+    if linear is None:
+        return None
+    kernels = choose_kernels(linear)
+    return build_kernel(f"linear_{kernels.rule}", linear, kernels.declare, kernels.emit)
