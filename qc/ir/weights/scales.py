@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qc.ir.weights.expression import Expr, Load, rename_arrays
+from qc.ir.weights.tiles import Tile
 from qc.ir.weights.weight import ArraySpec, TermFormat, inner_term, nested
 
 
@@ -60,3 +61,27 @@ def verify_floats(
     """Refuse arrays of an inner term that it refuses."""
     if inner is not None:
         inner_term(name, inner, grid, arrays)
+
+
+def rows_of_floats(
+    name: str,
+    inner: TermFormat | None,
+    tile: Tile,
+    grid: tuple[int, int],
+    arrays: Mapping[str, Tensor],
+    index: Tensor,
+) -> dict[str, Tensor] | None:
+    """Return the stored floats of some rows of a matrix; None where they cannot be taken apart.
+
+    Tiles of all rows stay as they are; tiles of one row are taken as the rows of the inner term.
+    """
+    if tile.rows is None:
+        return {a: held for a, held in arrays.items() if a == name or a.startswith(f"{name}.")}
+    if tile.rows != 1:
+        return None
+    if inner is None:
+        return {name: arrays[name][index]}
+    taken = inner_term(name, inner, grid, arrays).rows(index)
+    if taken is None:
+        return None
+    return {f"{name}.{array}": held for array, held in taken.arrays().items()}
