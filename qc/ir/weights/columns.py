@@ -47,7 +47,7 @@ class OnColumnsFormat(TermFormat):
 
     examples: ClassVar[tuple[str, ...]] = (
         "columns20%(int4·row·zero)", "columns80%(int2·g16·min)", "columns1(dense f16)",
-        "columns8(int8·row)", "columns50%(rank1)", "columns50%(columns50%(int3·row))",
+        "columns8(int8·row)", "columns50%(rank1)", "columns50%(sparse5%)",
     )  # fmt: skip
     takes_outliers: ClassVar[bool] = True
 

@@ -131,7 +131,8 @@ def balanced_factors(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     basis, rest = project(values, rank)
     root = rest.norm(dim=1).sqrt()
     root = torch.where(root == 0, torch.ones_like(root), root)
-    return (basis * root).float(), (rest / root.unsqueeze(1)).float()
+    left = (basis * root).float().contiguous()  # eigenvectors come column by column
+    return left, (rest / root.unsqueeze(1)).float()
 
 
 def project(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:

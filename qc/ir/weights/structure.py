@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix stored inside a term: its format, its shape [out, in], the prefix of its arrays."""
+    """A matrix stored inside a term: its format, its shape [out, in], and the prefix of its
+    arrays, which the term calls "prefix.array"."""
 
     prefix: str
     format: TermFormat
@@ -55,7 +56,8 @@ class Chain:
 @dataclass(frozen=True)
 class Entries:
     """Row `row` has the entries `start` to `stop` (over ROW). Entry ENTRY covers the input
-    channels `column` to `column + width` with `value` (over ENTRY, and LANE below width)."""
+    channels `column` to `column + width`, none beyond the last, with `value` (over ENTRY, and
+    LANE below width)."""
 
     start: Expr
     stop: Expr

@@ -164,7 +164,7 @@ class TensorTrainFormat(TermFormat):
         # The rest is cut before it is scaled: only so are its singular values those of the matrix.
         middle, last = balanced_factors(rest.reshape(-1, outs[2] * ins[2]), bonds[2])
         middle = middle.view(bonds[1], -1) / root.unsqueeze(1)
-        return [(basis * root).float(), middle.float(), last]
+        return [(basis * root).float().contiguous(), middle.float(), last]
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Self | None:
