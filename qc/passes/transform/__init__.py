@@ -1,0 +1,1 @@
+"""Exact changes of what linears read, in front of quantization."""
