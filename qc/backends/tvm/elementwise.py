@@ -16,9 +16,11 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from qc.backends.tvm.append import is_cache
-from qc.backends.tvm.expression import TirRendering, load_from
 from qc.backends.tvm.function import Function, build, for_each, integer, known_product, span, store
 from qc.backends.tvm.kernel import Kernel, KernelRule, Region
+from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
+from qc.backends.tvm.linear.stored import laid_out_of, plain_layouts
+from qc.backends.tvm.linear.term import STORED_NAMES
 from qc.backends.tvm.reductions import reduction
 from qc.backends.tvm.vector_math import (
     ELEMENTWISE,
@@ -33,8 +35,8 @@ from qc.backends.tvm.vector_math import (
 from qc.ir import ops
 from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim, element_count
-from qc.ir.weights.expression import COL, ROW
-from qc.ir.weights.weight import ArraySpec, WeightFormat
+from qc.ir.weights.expression import COL, ROW, Expr
+from qc.ir.weights.weight import ArraySpec
 
 PrimExpr = Any
 
@@ -84,7 +86,7 @@ class Elements:
 
     function: Function
     lanes: int
-    tables: dict[Node, tuple[WeightFormat, dict[str, Any]]] = field(default_factory=dict)
+    tables: dict[Node, tuple[Expr, dict[str, StoredArray]]] = field(default_factory=dict)
     bound: dict[tuple[object, ...], PrimExpr] = field(default_factory=dict)
 
     def value(self, node: Node, index: tuple[Coordinate, ...]) -> PrimExpr:
@@ -254,10 +256,9 @@ class Elements:
             return self.value(table, (row, index[-1]))
         if isinstance(index[-1], Run):
             raise NotVectorised
-        format, arrays = self.tables[table]
-        shape = tuple(int(d) for d in table.tensor.shape)
-        small = [tirx.Cast("int32", i) for i in (row, index[-1])]
-        decoded = TirRendering(load_from(arrays), *small).value(format.decode(shape, ROW, COL))
+        decode, arrays = self.tables[table]
+        indices = {ROW: row, COL: index[-1]}
+        decoded = VectorRendering(arrays, indices, 1, self.function.region.target).value(decode)
         return convert(decoded, TVM_NAMES[node.tensor.dtype])
 
 
@@ -334,13 +335,16 @@ def declare_operands(function: Function) -> Elements:
         if node not in stored:
             function.declare_input(node)
             continue
-        arrays = {
-            name: function.declare(position, name, TVM_NAMES[spec.dtype], spec.shape)
-            for name, spec in stored[node].items()
-        }
         format = function.region.format_of(node)
         assert format is not None
-        elements.tables[node] = (format, arrays)
+        decode = format.decode(tuple(int(d) for d in node.tensor.shape), ROW, COL)
+        arrays = {}
+        for name, layout in plain_layouts(stored[node], decode).items():
+            function.repack[position, name] = partial(laid_out_of, name, layout)
+            kind = STORED_NAMES[layout.dtype]
+            buffer = function.declare(position, name, kind, layout.shape)
+            arrays[name] = StoredArray(buffer, layout.dtype, layout.shape)
+        elements.tables[node] = (decode, arrays)
     return elements
 
 

@@ -170,7 +170,10 @@ class GroupedFormat(TermFormat):
             scale = torch.where(-low > high, low, high) / self.top
         else:
             scale = torch.maximum(-low, high) / max(1, self.middle - 1)
-        scale = store_floats("scale", self.scale, some(scale), stored)
+        # plainly stored, a group of equal weights gets 1, which decodes as cheaply as any scale;
+        # stored as a term, one such 1 would coarsen the scales around it
+        scale = some(scale) if self.scale is None else scale
+        scale = store_floats("scale", self.scale, scale, stored)
         if self.offset == "zero":
             zero = (-low / some(scale)).round().clamp(0, self.top)
             stored["zero"] = zero.to(torch.uint8)

@@ -69,7 +69,8 @@ class Tile:
         padded: Tensor = values
         if below or right:
             padded = _pad(values, below, right, fill)
-        return padded.unflatten(1, (-1, cols)).unflatten(0, (-1, rows))
+        tiles: Tensor = padded.unflatten(1, (-1, cols)).unflatten(0, (-1, rows))
+        return tiles
 
     def __str__(self) -> str:
         match self.rows, self.cols:

@@ -22,7 +22,7 @@ from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lane
 from qc.ir.weights.expression import COL, ROW, Const, Expr, is_structural
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodedKernel(TermKernel):
     """Decode in registers, as the plan says."""
 

@@ -13,9 +13,9 @@ from tvm.tirx.script import builder as T
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK, in_blocks
 from qc.backends.tvm.linear.panels import ReadWeight, add_tile
+from qc.backends.tvm.linear.rendering import StoredArray, widened
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel, held
-from qc.backends.tvm.linear.rendering import StoredArray, widened
 from qc.backends.tvm.linear.vectors import float_lanes, prefetch, span, splat
 from qc.ir.weights.dense import DenseFormat
 
@@ -23,7 +23,7 @@ CHAINS = 4  # independent sums of one row: hides the latency of multiply-add
 PREFETCH_BYTES = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenseKernel(TermKernel):
     """Values [blocks, inner, 16] in the dtype they are stored in."""
 

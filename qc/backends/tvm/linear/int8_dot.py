@@ -45,7 +45,7 @@ ADD_PAIRS = {
 VNNI = "llvm.x86.avx512.vpdpbusd.512"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int8Stream(TermKernel):
     """Multiply int8 codes by a stream of codes."""
 

@@ -91,7 +91,8 @@ class ArrayLayout:
             return array
         rows_last = array.movedim(self.row_axis, -1)
         padded = torch.nn.functional.pad(rows_last, (0, -rows_last.shape[-1] % BLOCK))
-        return padded.unflatten(-1, (-1, BLOCK)).movedim(-2, 0)
+        blocks: Tensor = padded.unflatten(-1, (-1, BLOCK)).movedim(-2, 0)
+        return blocks
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class VectorRendering:
         """Read elements of an array, widened."""
         array, places = self.arrays[expr.array], [self.along_lanes(i) for i in expr.index]
         if all(place is not None and place[1] == 0 for place in places):
-            index = [self.scalar_index(i) for i in expr.index]
+            index = [self.scalar_index(place[0]) for place in places if place is not None]
             return widened(array, array.buffer[index], self.target)
         *outer, last = places
         if all(place is not None and place[1] == 0 for place in outer):
@@ -272,7 +272,7 @@ class VectorRendering:
         return tirx.Shuffle(parts, [T.int32(i) for i in range(self.lanes)])
 
     def lanes_at_once(self, expr: Code, stride: int) -> int:
-        """Return how many lanes one word of 64 bits serves, wherever in its first byte it starts."""
+        """Return how many lanes one word of 64 bits serves, from any bit of its first byte on."""
         lanes = self.lanes
         while lanes > 1 and 7 + (lanes - 1) * stride + expr.width > 64:
             lanes //= 2

@@ -24,12 +24,21 @@ from qc.backends.tvm.linear.skeleton import (
     store_tile,
 )
 from qc.backends.tvm.linear.stream_float import float_stream_term
+from qc.backends.tvm.linear.structures import chain_term, entries_term, selected_term
 from qc.backends.tvm.linear.term import Place, TermKernel, TermRule
 from qc.backends.tvm.linear.vectors import float_lanes
 from qc.ir.node import Node
 from qc.ir.weights.weight import WeightFormat
 
-FAST_RULES: list[TermRule] = [int8_term, dense_term, float_stream_term, decoded_term]
+FAST_RULES: tuple[TermRule, ...] = (
+    int8_term,
+    dense_term,
+    float_stream_term,
+    entries_term,
+    lambda place: chain_term(place, term_kernel),
+    lambda place: selected_term(place, term_kernel),
+    decoded_term,
+)
 """From the most special; without any of them everything still works, slower."""
 
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor
 from tvm.tirx.script import builder as T
 
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.panels import add_tile, new_panel, reader_of
-from qc.backends.tvm.linear.plan import ArrayLayout, packed
-from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
+from qc.backends.tvm.linear.rendering import VectorRendering
 from qc.backends.tvm.linear.skeleton import Signature
-from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel, held
+from qc.backends.tvm.linear.stored import declare_plain, plain_arrays
+from qc.backends.tvm.linear.term import Place, Products, TermKernel
 from qc.backends.tvm.linear.vectors import float_lanes
 from qc.ir.weights.expression import COL, ROW, Expr, walk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScalarKernel(TermKernel):
     """Decode a block of outputs to a panel, element by element."""
 
@@ -33,32 +30,14 @@ class ScalarKernel(TermKernel):
     def work(self) -> float:
         return float(8 * len(walk(self.decode)))
 
-    @property
-    def layouts(self) -> dict[str, ArrayLayout]:
-        """Arrays as they are stored; packed codes with room to be read in words."""
-        codes = packed(self.decode)
-        return {
-            name: ArrayLayout(spec, unit=8 if name in codes else None)
-            for name, spec in self.place.specs.items()
-        }
-
     def declare(self, signature: Signature) -> None:
-        for name, layout in self.layouts.items():
-            kind = STORED_NAMES[layout.dtype]
-            self.place.declare(signature, name, kind, layout.shape, partial(self.repack, name))
-
-    def repack(self, name: str, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Lay one stored array out."""
-        return held(self.layouts[name].repack(arrays[name]).contiguous())
+        declare_plain(signature, self.place, self.decode)
 
     def prepare(self, signature: Signature, inputs: Inputs) -> None:
         inputs.need_values()
 
     def block(self, signature: Signature, inputs: Inputs, block: Any, many: bool) -> Products:
-        arrays = {
-            name: StoredArray(self.place.buffer(signature, name), layout.dtype, layout.shape)
-            for name, layout in self.layouts.items()
-        }
+        arrays = plain_arrays(signature, self.place, self.decode)
         panel, outer, inner = new_panel(self.place.inner), self.place.outer, self.place.inner
         rows = T.min(T.int64(BLOCK), T.int64(outer) - block * BLOCK)
         with (

@@ -38,6 +38,8 @@ class Signature:
     arguments: list[Argument] = field(default_factory=list)
     repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
     buffers: dict[tuple[int, str], Any] = field(default_factory=dict)
+    scratch: dict[object, Any] = field(default_factory=dict)
+    """What terms have prepared once a call, for their blocks."""
 
     def declare(
         self,

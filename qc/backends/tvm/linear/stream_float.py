@@ -22,7 +22,7 @@ from qc.backends.tvm.linear.vectors import float_lanes, prefetch, span, splat, s
 PREFETCH_BYTES = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FloatStream(TermKernel):
     """Decode a stream to float32."""
 
