@@ -139,6 +139,16 @@ class AsFloat(Expr):
 
 
 @dataclass(frozen=True)
+class AsHalf(Expr):
+    """i32 -> f32: the low 16 bits are a float16, widened exactly."""
+
+    value: Expr
+
+    def __str__(self) -> str:
+        return f"bits_as_half({self.value})"
+
+
+@dataclass(frozen=True)
 class Sum(Expr):
     """The sum of `body` (f32) for `index` from `start` up to, not including, `stop`."""
 
@@ -242,6 +252,8 @@ class TorchRendering:
                 return self.value(inner).float()
             case AsFloat(inner):
                 return self.value(inner).int().contiguous().view(torch.float32)
+            case AsHalf(inner):
+                return self.value(inner).to(torch.int16).view(torch.float16).float()
             case Arith(kind, left, right):
                 return ARITHMETIC[kind](self.value(left), self.value(right))
             case Sum():
@@ -286,6 +298,8 @@ def rebuild(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
             return ToFloat(change(inner))
         case AsFloat(inner):
             return AsFloat(change(inner))
+        case AsHalf(inner):
+            return AsHalf(change(inner))
         case Sum(index, start, stop, body):
             return Sum(index, change(start), change(stop), change(body))
     return expr

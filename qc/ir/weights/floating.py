@@ -37,7 +37,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from qc.ir.weights.expression import AsFloat, Const, Expr, equal, less
+from qc.ir.weights.expression import AsFloat, AsHalf, Const, Expr, equal, less
 from qc.ir.weights.notation import refuse_rest, take_argument, take_tile
 from qc.ir.weights.packing import code_at, pack_codes, row_bytes, unpack_codes
 from qc.ir.weights.scales import (
@@ -163,20 +163,31 @@ class FloatingFormat(TermFormat):
         return value * decode_floats("scale", self.scale, grid, at)
 
     def value(self, code: Expr) -> Expr:
-        """Return the value of a code: its bits moved to where float32 has them, exactly.
+        """Return the value of a code: its bits moved to where a wider float has them, exactly.
 
-        With z = 1 for a subnormal, else 0, the float32 with exponent E + z and the mantissa M is
-        too large by z 2^(1 - bias), which is subtracted. No float32 on the way is subnormal, though
-        one factor 2^(127 - bias) would do without z: processors are slow on subnormals, or flush
-        them to 0, and 0.5 is the subnormal of e2m1.
+        Up to five bits of exponent that is float16, whose subnormals machines widen as fast as any
+        number. Wider exponents go into float32, and there a subnormal must not appear, for
+        processors are slow on them or flush them to 0: with z = 1 for a subnormal, else 0, the
+        float32 with exponent E + z and the mantissa M is too large by z 2^(1 - bias), which is
+        subtracted.
         """
-        place = 23 - self.mantissa
-        rebias = Const((127 - self.offset) << self.mantissa)
         if not self.has_zero:
+            place = 23 - self.mantissa
             if self.exponent < 8:
-                return AsFloat((code + rebias) << place)
+                return AsFloat((code + Const((127 - self.offset) << self.mantissa)) << place)
             return AsFloat((code << place) | (equal(code, 0) << 22))  # 2^-127 is itself subnormal
         magnitude = code & ((1 << self.magnitude_bits) - 1)
+        if self.exponent <= 5:
+            bits = magnitude << (10 - self.mantissa)
+            if self.sign == "signed":
+                bits = bits | ((code >> self.magnitude_bits) << 15)
+            return AsHalf(bits) * 2.0 ** (15 - self.offset)
+        return self.as_float32(code, magnitude)
+
+    def as_float32(self, code: Expr, magnitude: Expr) -> Expr:
+        """Return the value of a code with more than five bits of exponent."""
+        place = 23 - self.mantissa
+        rebias = Const((127 - self.offset) << self.mantissa)
         subnormal = less(magnitude, 1 << self.mantissa)
         high = (magnitude + (subnormal << self.mantissa) + rebias) << place
         low = subnormal * ((128 - self.offset) << 23)

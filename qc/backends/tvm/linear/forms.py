@@ -15,6 +15,8 @@ from qc.ir.weights.affine import Sizes, simplify
 from qc.ir.weights.expression import (
     COL,
     Arith,
+    AsFloat,
+    AsHalf,
     Const,
     Expr,
     Index,
@@ -124,6 +126,6 @@ def is_float(expr: Expr) -> bool:
     match expr:
         case Arith(_, left, right):
             return is_float(left) or is_float(right)
-        case Load() | ToFloat() | Const(float()):
+        case Load() | ToFloat() | AsFloat() | AsHalf() | Const(float()):
             return True
     return not isinstance(expr, Index | Const)

@@ -30,6 +30,7 @@ from qc.ir.weights.expression import (
     LANE,
     Arith,
     AsFloat,
+    AsHalf,
     Code,
     Const,
     Expr,
@@ -53,7 +54,22 @@ RULES: dict[str, Callable[[Any, Any], Any]] = {
     "shl": T.shift_left,
     "min": T.min,
 }
-COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {"eq": tirx.EQ, "lt": tirx.LT}
+
+
+def less(left: Any, right: Any, lanes: int) -> Any:
+    """Return 1 where left < right: the sign of the difference. TVM cannot bind a vector of
+    booleans; indices and codes stay far from overflow."""
+    sign = T.shift_right(left - right, splat(T.int32(31), lanes))
+    return T.bitwise_and(sign, splat(T.int32(1), lanes))
+
+
+def equal(left: Any, right: Any, lanes: int) -> Any:
+    """Return 1 where left == right: neither difference is negative."""
+    one = splat(T.int32(1), lanes)
+    return one - T.bitwise_or(less(left, right, lanes), less(right, left, lanes))
+
+
+COMPARISONS: dict[str, Callable[[Any, Any, int], Any]] = {"eq": equal, "lt": less}
 
 MOST_PERMUTED = 32
 """Entries of the largest table that is read from registers: four permutations and three blends."""
@@ -114,6 +130,10 @@ class VectorRendering:
             case AsFloat(inner):
                 value = self.value(inner)
                 return T.reinterpret(typed("float32", lanes_of(value)), value)
+            case AsHalf(inner):
+                value = self.value(inner)
+                bits = T.Cast(typed("uint16", lanes_of(value)), value)
+                return halves_to_float(bits, lanes_of(value), self.target)
             case Arith(kind, left, right):
                 return self.arithmetic(kind, self.value(left), self.value(right))
             case Sum():
@@ -125,7 +145,7 @@ class VectorRendering:
         lanes = max(lanes_of(left), lanes_of(right))
         left, right = (v if lanes_of(v) == lanes else splat(v, lanes) for v in (left, right))
         if kind in COMPARISONS:
-            return T.Cast(typed("int32", lanes), COMPARISONS[kind](left, right))
+            return COMPARISONS[kind](left, right, lanes)
         return RULES[kind](left, right)
 
     # ---- indices
@@ -224,13 +244,12 @@ class VectorRendering:
         for start in range(0, size, lanes):
             table = self.table_part(array, index, start)
             found.append(T.Bind(permute(table, code, lanes)))
-        bit = lanes
+        bit = lanes.bit_length() - 1
         while len(found) > 1:
-            chosen = T.bitwise_and(code, splat(T.int32(bit), lanes))
-            high = tirx.NE(chosen, splat(T.int32(0), lanes))
+            mask = T.Bind(T.shift_left(code, splat(T.int32(31 - bit), lanes)))
             pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
-            found = [T.Bind(tirx.Select(high, p[1], p[0])) if len(p) == 2 else p[0] for p in pairs]
-            bit *= 2
+            found = [T.Bind(blend(mask, *p, lanes)) if len(p) == 2 else p[0] for p in pairs]
+            bit += 1
         return found[0]
 
     def table_part(self, array: StoredArray, index: list[Any], start: int) -> Any:
@@ -339,3 +358,15 @@ def permute(table: Any, code: Any, lanes: int) -> Any:
     if lanes == 8:
         return pure("float32x8", "llvm.x86.avx2.permps", table, code)
     return pure("float32x16", "llvm.x86.avx512.permvar.sf.512", table, code)
+
+
+def blend(mask: Any, low: Any, high: Any, lanes: int) -> Any:
+    """Return `high` in the lanes where the sign of `mask` is set, `low` in the others."""
+    if lanes == 8:
+        signs = T.reinterpret("float32x8", mask)
+        return pure("float32x8", "llvm.x86.avx.blendv.ps.256", low, high, signs)
+    kind = typed("int32", lanes)
+    signs = T.shift_right(mask, splat(T.int32(31), lanes))
+    a, b = T.reinterpret(kind, low), T.reinterpret(kind, high)
+    mixed = T.bitwise_xor(a, T.bitwise_and(T.bitwise_xor(a, b), signs))
+    return T.reinterpret(typed("float32", lanes), mixed)

@@ -10,7 +10,7 @@ import pytest
 from tvm.tirx.script import builder as T
 
 from qc.backends.tvm.linear import int8_dot
-from qc.backends.tvm.linear.int8_dot import int8_linear
+from qc.backends.tvm.linear.rule import linear_rule
 from qc.backends.tvm.linear.vectors import pure
 from qc.ir.ops import Parameter
 from qc.ir.target import CPUS, Target, host_cpu
@@ -45,7 +45,7 @@ def cases() -> list[Case]:
 )
 def test_sums_are_exact_up_to_rounding(target: Target) -> None:
     chosen = cases() if target == host_cpu() else cases()[::5]
-    errors = worst_error(int8_linear, chosen, target, ROWS)
+    errors = worst_error(linear_rule, chosen, target, ROWS)
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
 
 
@@ -71,7 +71,7 @@ def test_vnni_kernels_are_right_but_for_the_instruction(monkeypatch: pytest.Monk
     """Any machine can run 64-byte vectors, split by LLVM, with the dot product written out."""
     monkeypatch.setattr(int8_dot, "pure", dot_of_bytes)
     wide = replace(VNNI, llvm_cpu=host_cpu().llvm_cpu)
-    errors = worst_error(int8_linear, cases()[::3], wide, (1, 9, 17))
+    errors = worst_error(linear_rule, cases()[::3], wide, (1, 9, 17))
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
 
 
@@ -80,7 +80,7 @@ def test_vnni_kernels_are_right_but_for_the_instruction(monkeypatch: pytest.Monk
 )
 def test_the_kernel_uses_byte_products(target: Target, instruction: str) -> None:
     case = Case(48, 64, (GroupedFormat(4, 32, "minimum"),), G32)
-    assembly = build(compile_cases(int8_linear, [case], target), target).mod.inspect_source("asm")
+    assembly = build(compile_cases(linear_rule, [case], target), target).mod.inspect_source("asm")
     assert instruction in assembly
 
 
@@ -88,9 +88,10 @@ def test_stored_bits_stay_the_same() -> None:
     for bits in range(2, 9):
         for offset in OFFSETS:
             case = Case(32, 160, (GroupedFormat(bits, 64, offset),), G32)
-            (kernel,) = compile_cases(int8_linear, [case], host_cpu())
+            (kernel,) = compile_cases(linear_rule, [case], host_cpu())
+            assert kernel.rule == "linear_int8_dot"
             op = case.node.inputs[1].op
             assert isinstance(op, Parameter)
             weight = op.weight
-            stream = kernel.repack[1](weight)["stream"]
+            stream = kernel.repack[1, "0.stream"](weight)
             assert 8 * stream.numel() == weight.bits

@@ -8,7 +8,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from qc.backends.tvm.linear.float_dot import float_linear
+from qc.backends.tvm.linear.rule import linear_rule
 from qc.ir.target import CPUS, Target, host_cpu
 from qc.ir.weights.dense import DenseFormat
 from qc.ir.weights.grouped import GroupedFormat
@@ -50,5 +50,5 @@ WIDE = replace(AVX512, llvm_cpu=host_cpu().llvm_cpu)  # 64-byte vectors, split b
 )
 def test_products_are_exact_up_to_rounding(target: Target) -> None:
     chosen = cases() if target == host_cpu() else cases()[::4]
-    errors = worst_error(float_linear, chosen, target, ROWS)
+    errors = worst_error(linear_rule, chosen, target, ROWS)
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
