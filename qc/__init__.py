@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qc.compiler import check as check
     from qc.compiler import compile as compile
     from qc.compiler import trace as trace
     from qc.errors import QcError as QcError
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 PLACES = {
     "compile": "qc.compiler",
+    "check": "qc.compiler",
     "trace": "qc.compiler",
     "load": "qc.loading",
     "Artifact": "qc.runtime",

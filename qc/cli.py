@@ -1,8 +1,9 @@
-"""The `qc` command: compile, run, eval, inspect."""
+"""The `qc` command: check, compile, run, eval, inspect."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = build_parser().parse_args(arguments)
     try:
-        options.command(options)
+        return options.command(options) or 0
     except QcError as error:
         print(f"qc: {error}", file=sys.stderr)
         return 1
@@ -36,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = f"{error.filename}: " if error.filename else ""
         print(f"qc: {named}{error.strerror or error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,10 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qc", description="Compile quantized neural networks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    one = commands.add_parser("check", help="what compiling would give and take")
+    add_what_to_compile(one)
+    one.add_argument("--json", action="store_true", help="print the report as JSON")
+    one.add_argument("--quiet", action="store_true", help="no progress")
+    one.set_defaults(command=check_command)
+
     one = commands.add_parser("compile", help="compile a model for a target")
-    one.add_argument("model", help="a Hugging Face folder or name, or a .gguf file")
-    one.add_argument("--target", default="cpu-w4", help="machine and recipe (default: cpu-w4)")
-    one.add_argument("--recipe", help="another recipe than the target names")
+    add_what_to_compile(one)
     one.add_argument("-o", "--output", required=True, metavar="DIR", help="the artifact to write")
     one.add_argument("--quiet", action="store_true", help="no progress, no table")
     one.set_defaults(command=compile_command)
@@ -85,14 +89,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_what_to_compile(parser: argparse.ArgumentParser) -> None:
+    """Add what `check` and `compile` ask for alike."""
+    parser.add_argument("model", help="a Hugging Face folder or name, or a .gguf file")
+    parser.add_argument("--target", default="cpu-w4", help="machine and recipe (default: cpu-w4)")
+    parser.add_argument("--recipe", help="another recipe than the target names")
+    parser.add_argument(
+        "--weights", metavar="FORMAT",
+        help="another format for the linears: int3:g64+rank16+sparse0.5%%",
+    )  # fmt: skip
+
+
+def check_command(options: argparse.Namespace) -> int:
+    """`qc check MODEL --target T`"""
+    from qc.compiler import check
+
+    report = check(
+        options.model, options.target, recipe=options.recipe, weights=options.weights,
+        progress=not options.quiet,
+    )  # fmt: skip
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if options.json else report)
+    return 0 if report.accepted else 1
+
+
 def compile_command(options: argparse.Namespace) -> None:
     """`qc compile MODEL --target T -o DIR`"""
     start = time.perf_counter()
     from qc.compiler import compile  # seconds of imports, which the user waits for too
 
     artifact = compile(
-        options.model, options.target, recipe=options.recipe, output=options.output,
-        progress=not options.quiet,
+        options.model, options.target, recipe=options.recipe, weights=options.weights,
+        output=options.output, progress=not options.quiet,
     )  # fmt: skip
     if options.quiet:
         return

@@ -1,21 +1,24 @@
-"""compile(): the table of contents. capture -> canonical -> quantized -> planned -> built."""
+"""compile(): the table of contents. capture, canonicalize, check, quantize, plan, build."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qc.checking.check import require_possible
 from qc.frontends import open_model
 from qc.ir.target import parse_target
+from qc.ir.weights.weight import WeightFormat
 from qc.passes.pipeline import Pipeline
 from qc.passes.recipes import RECIPES, Recipe
 from qc.progress import progress_bar
 from qc.runtime.package import check_place
-from qc.stages import CapturedModel, resolve_recipe, silent
+from qc.stages import CapturedModel, Progress, resolve_recipe, silent
 
 if TYPE_CHECKING:
+    from qc.checking.report import CheckReport
     from qc.runtime import Artifact
 
 
@@ -34,25 +37,56 @@ def compile(
     target: str = "cpu-w4",
     *,
     recipe: str | Recipe | Pipeline | None = None,
+    weights: str | WeightFormat | None = None,
     output: str | Path | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
 ) -> Artifact:
     """Compile a model for a target, such as "cpu-w4", and return the artifact, ready to run.
 
-    The recipe is the one that the target names unless `recipe` says otherwise. With `output` the
+    The recipe is the one that the target names unless `recipe` says otherwise; `weights` is another
+    format for the linears than the recipe's: "int3·g64 + rank16 + sparse0.5%". With `output` the
     artifact is written there. `progress=True` shows a bar; a function gets (step, fraction).
-    TargetError and RecipeError list the nearest names, and ArtifactError refuses an `output` that
-    cannot be written, before anything is read.
+    TargetError, RecipeError and FormatError list the nearest names, and ArtifactError refuses an
+    `output` that cannot be written, before anything is read. What cannot be stored as asked, or has
+    no kernel, is refused before any long work.
     """
     machine, recipe_name = parse_target(target, RECIPES)
-    passes = resolve_recipe(recipe or recipe_name)
+    passes = resolve_recipe(recipe or recipe_name, weights)
     if output is not None:
         check_place(output)
-    shown = progress_bar() if progress is True else nullcontext(progress or silent)
-    with shown as report:
+    with shown(progress) as report:
         report("capture", 0.0)
-        captured = trace(model, example_inputs)
-        quantized = captured.quantize(passes, report)
+        canonical = trace(model, example_inputs).canonicalize(report)
+        require_possible(canonical.graph, passes, machine)
+        quantized = canonical.quantize(passes, report)
         planned = quantized.lower(machine, report)
         return planned.build(output, target, report)
+
+
+def check(
+    model: Any,
+    target: str = "cpu-w4",
+    *,
+    recipe: str | Recipe | Pipeline | None = None,
+    weights: str | WeightFormat | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    progress: bool | Callable[[str, float], None] = False,
+) -> CheckReport:
+    """Say what `compile` with these arguments would make of a model: kernels, bytes, speed-ups,
+    time and memory; or what it would refuse, why, and what would work instead.
+
+    No weight is quantized and nothing is written. Predictions are nominal: decision 009.
+    """
+    machine, recipe_name = parse_target(target, RECIPES)
+    passes = resolve_recipe(recipe or recipe_name, weights)
+    with shown(progress) as report:
+        report("capture", 0.0)
+        canonical = trace(model, example_inputs).canonicalize(report)
+        report("check", 0.0)
+        return canonical.check(machine, passes)
+
+
+def shown(progress: bool | Progress) -> AbstractContextManager[Progress]:
+    """Return what shows the progress: a bar, the caller's function, or nothing."""
+    return progress_bar() if progress is True else nullcontext(progress or silent)

@@ -1,7 +1,8 @@
 """The stages of a compilation as objects that can be held, printed and run one by one.
 
 captured = qc.trace(model)            # the graph as torch.export sees it
-quantized = captured.quantize("w4")   # canonical, then the passes of a recipe
+canonical = captured.canonicalize()   # in the ops of qc; canonical.check(...) says what follows
+quantized = canonical.quantize("w4")  # the passes of a recipe; captured.quantize does both
 planned = quantized.lower("cpu")      # grouped into kernels for a machine
 artifact = planned.build()            # compiled, ready to run
 """
@@ -18,20 +19,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from qc.checking.check import check_graph
 from qc.errors import QcError, RecipeError, nearest
 from qc.frontends.captured import Captured
 from qc.ir.graph import Graph
 from qc.ir.meaning import evaluate
 from qc.ir.target import Target, parse_machine
+from qc.ir.weights.weight import WeightFormat
 from qc.passes.lift import LIFT
-from qc.passes.pipeline import Context, Pipeline, Step
+from qc.passes.pipeline import Context, Pipeline, Step, replace_passes
 from qc.passes.plan.fuse import Fuse
 from qc.passes.prepare import PREPARE
 from qc.passes.prepare.trailing_logits import TrailingLogits
+from qc.passes.quantize.activations import QuantizeActivations
+from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.recipes import RECIPES, Recipe
 from qc.report import compile_report
 
 if TYPE_CHECKING:
+    from qc.checking.report import CheckReport
     from qc.runtime import Artifact
 
 Progress = Callable[[str, float], None]
@@ -53,17 +59,64 @@ class CapturedModel:
     def graph(self) -> Graph:
         return self.captured.graph
 
+    def canonicalize(self, progress: Progress = silent) -> CanonicalModel:
+        """Bring the graph into canonical form."""
+        context = Context(Target("any", "any"), progress)
+        canonical = Pipeline((*PREPARE, *LIFT, TrailingLogits())).run(self.graph, context)
+        return CanonicalModel(self, canonical, context.log)
+
     def quantize(
-        self, recipe: str | Recipe | Pipeline = "f32", progress: Progress = silent
+        self,
+        recipe: str | Recipe | Pipeline = "f32",
+        progress: Progress = silent,
+        *,
+        weights: str | WeightFormat | None = None,
     ) -> QuantizedModel:
         """Bring the graph into canonical form and run a recipe, given by name or as passes.
 
-        RecipeError for an unknown name.
+        `weights` is the format in which the recipe is to store the linears, as it is printed:
+        "int3·g64 + rank16". RecipeError for an unknown name, FormatError for an unknown format.
         """
-        passes = resolve_recipe(recipe)
-        context = Context(Target("any", "any"), progress)
-        canonical = Pipeline((*PREPARE, *LIFT, TrailingLogits())).run(self.graph, context)
-        return QuantizedModel(self, canonical, passes.run(canonical, context), context.log)
+        passes = resolve_recipe(recipe, weights)
+        return self.canonicalize(progress).quantize(passes, progress)
+
+    def __str__(self) -> str:
+        return str(self.graph)
+
+
+@dataclass(frozen=True, eq=False)
+class CanonicalModel:
+    """A model in the ops of qc, its weights as they came."""
+
+    captured: CapturedModel
+    graph: Graph
+    log: list[Step] = field(default_factory=list)
+
+    def check(
+        self,
+        target: str | Target = "cpu",
+        recipe: str | Recipe | Pipeline = "f32",
+        *,
+        weights: str | WeightFormat | None = None,
+    ) -> CheckReport:
+        """Say how a recipe will store every linear and what a machine will make of it, without
+        computing values."""
+        machine = target if isinstance(target, Target) else parse_machine(target)
+        passes = resolve_recipe(recipe, weights)
+        return check_graph(self.graph, passes, machine, self.captured.source)
+
+    def quantize(
+        self,
+        recipe: str | Recipe | Pipeline = "f32",
+        progress: Progress = silent,
+        *,
+        weights: str | WeightFormat | None = None,
+    ) -> QuantizedModel:
+        """Run a recipe."""
+        passes = resolve_recipe(recipe, weights)
+        context = Context(Target("any", "any"), progress, list(self.log))
+        graph = passes.run(self.graph, context)
+        return QuantizedModel(self.captured, self.graph, graph, context.log)
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -162,8 +215,33 @@ class PlannedModel:
         return str(self.graph)
 
 
-def resolve_recipe(recipe: str | Recipe | Pipeline) -> Pipeline:
-    """Return the passes behind a recipe; RecipeError lists the nearest known names."""
+def resolve_recipe(
+    recipe: str | Recipe | Pipeline, weights: str | WeightFormat | None = None
+) -> Pipeline:
+    """Return the passes behind a recipe, with linears stored as `weights` where that is given.
+
+    RecipeError and FormatError list the nearest known names.
+    """
+    passes = named_passes(recipe)
+    return passes if weights is None else storing(passes, RoundToNearest(weights))
+
+
+def storing(pipeline: Pipeline, store: RoundToNearest) -> Pipeline:
+    """Return the passes with `store` where linears are rounded; else in front of the quantization
+    of activations, or at the end."""
+    passes = pipeline.passes
+    for kind in (RoundToNearest, QuantizeActivations):
+        found = [number for number, one in enumerate(passes) if isinstance(one, kind)]
+        if found:
+            break
+    at = found[0] if found else len(passes)
+    before, after = passes[:at], passes[at:]
+    kept = (one for one in after if not isinstance(one, RoundToNearest))
+    return replace_passes(pipeline, (*before, store, *kept))
+
+
+def named_passes(recipe: str | Recipe | Pipeline) -> Pipeline:
+    """Return the passes of a recipe; RecipeError lists the nearest known names."""
     if isinstance(recipe, Pipeline):
         return recipe
     if isinstance(recipe, Recipe):

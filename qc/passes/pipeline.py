@@ -42,6 +42,23 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A weight that a pass cannot store as it is asked to. `instead` is a format that works."""
+
+    weight: str
+    shape: tuple[int, ...]
+    format: str
+    reason: str
+    instead: str
+
+    def __str__(self) -> str:
+        return (
+            f"weight {self.weight!r} {list(self.shape)} cannot be stored as {self.format}: "
+            f"{self.reason}; {self.instead} can"
+        )
+
+
+@dataclass(frozen=True)
 class Pass:
     """Graph -> Graph. Fields are options; the repr is the configuration."""
 
@@ -53,6 +70,21 @@ class Pass:
     def run(self, graph: Graph, context: Context) -> Graph:
         """Return the transformed graph."""
         raise NotImplementedError
+
+    def refusals(self, graph: Graph) -> list[Refusal]:
+        """List the weights that `run` would refuse for their shapes."""
+        return []
+
+    def preview(self, graph: Graph) -> Graph | None:
+        """Return what `run` makes of a graph whose matrices have no values: shapes and formats.
+
+        None where that takes values. A pass that reads them, and knows without them what it will
+        store, says so here.
+        """
+        try:
+            return self.run(graph, Context(Target("any", "any")))
+        except RuntimeError:  # what torch raises where an array without values is read
+            return None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from qc.ir.rewrite import substitute
 from qc.ir.threads import side_by_side
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
-from qc.passes.pipeline import Context, Pass
+from qc.passes.pipeline import Context, Pass, Refusal
+from qc.passes.quantize.nearby import nearest_accepted
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
 
@@ -64,6 +65,10 @@ class RoundToNearest(Pass):
     def __repr__(self) -> str:
         return f"RoundToNearest({str(self.format)!r})"
 
+    def refusals(self, graph: Graph) -> list[Refusal]:
+        found = (refusal_of(parameter, self.format) for parameter in self.parameters(graph))
+        return [each for each in found if each is not None]
+
     def preview(self, graph: Graph) -> Graph:
         """Return the graph with formats in place of stored values; FormatError for a weight that
         cannot be stored so."""
@@ -102,12 +107,9 @@ class RoundToNearest(Pass):
         """Return the parameter without values, in the format."""
         assert isinstance(parameter.op, ops.Parameter)
         weight = parameter.op.weight
-        why = self.format.refusal(weight.shape)
-        if why is not None:
-            raise FormatError(
-                f"weight {weight.name!r} {list(weight.shape)} cannot be stored as "
-                f"{self.format}: {why}"
-            )
+        refused = refusal_of(parameter, self.format)
+        if refused is not None:
+            raise FormatError(str(refused))
         stored = self.format.planned(weight.name, weight.shape, weight.dtype)
         return make(ops.Parameter(stored), origin=parameter.origin)
 
@@ -121,6 +123,17 @@ class RoundToNearest(Pass):
         require_storable(terms, weight)
         stored = Weight(weight.name, weight.shape, terms, weight.dtype)
         return make(ops.Parameter(stored), origin=parameter.origin)
+
+
+def refusal_of(parameter: Node, format: WeightFormat) -> Refusal | None:
+    """Say why a parameter cannot be stored in a format, and in which near one it can."""
+    assert isinstance(parameter.op, ops.Parameter)
+    weight = parameter.op.weight
+    reason = format.refusal(weight.shape)
+    if reason is None:
+        return None
+    instead = nearest_accepted(format, weight.shape)
+    return Refusal(weight.name, weight.shape, str(format), reason, str(instead))
 
 
 def require_finite(values: Tensor, weight: Weight) -> None:

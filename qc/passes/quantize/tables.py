@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,8 @@ from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
-from qc.ir.weights.dense import dense_term
-from qc.ir.weights.weight import Weight
+from qc.ir.weights.dense import DenseFormat, dense_term
+from qc.ir.weights.weight import Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
@@ -34,13 +35,21 @@ class StoreTables(Pass):
     dtype: torch.dtype = torch.float16
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        return self.stored(graph, lambda weight: stored_as(weight, self.dtype))
+
+    def preview(self, graph: Graph) -> Graph:
+        """Return the graph with formats in place of stored values, as if every table fitted."""
+        return self.stored(graph, lambda weight: planned_as(weight, self.dtype))
+
+    def stored(self, graph: Graph, store: Callable[[Weight], Weight]) -> Graph:
+        """Let the embeddings read tables that `store` returns."""
         replacements: dict[Node, Node] = {}
         for node in graph.nodes:
             if not isinstance(node.op, ops.Embedding):
                 continue
             table = node.inputs[1].op
             if isinstance(table, ops.Parameter) and table.weight.bits_per_element > 16:
-                stored = stored_as(table.weight, self.dtype)
+                stored = store(table.weight)
                 replacements[node] = make(
                     node.op,
                     node.inputs[0],
@@ -48,6 +57,11 @@ class StoreTables(Pass):
                     origin=node.origin.touched_by(self.name),
                 )
         return substitute(graph, replacements)
+
+
+def planned_as(weight: Weight, dtype: torch.dtype) -> Weight:
+    """Return `weight` in `dtype` without values."""
+    return WeightFormat((DenseFormat(dtype),)).planned(weight.name, weight.shape, weight.dtype)
 
 
 def stored_as(weight: Weight, dtype: torch.dtype) -> Weight:

@@ -1,0 +1,145 @@
+"""The linears of a planned graph: how each is stored, and which kernels will multiply by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from qc.checking.roofline import Work, work_of
+from qc.errors import UnsupportedError
+from qc.ir import ops
+from qc.ir.fused import Fused
+from qc.ir.graph import Graph
+from qc.ir.node import Node
+from qc.ir.target import Target
+from qc.ir.types import ActivationFormat
+from qc.ir.weights.dense import DenseFormat
+from qc.ir.weights.weight import Weight, WeightFormat
+
+if TYPE_CHECKING:
+    from qc.backends.tvm.kernel import Region
+    from qc.backends.tvm.linear.matching import LinearRegion
+
+REFERENCE = "reference interpreter"
+SIXTEEN_BITS = WeightFormat((DenseFormat(torch.float16),))
+"""What speed-ups are over."""
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """A linear, its stored weight, the names of the rules, and what a product costs."""
+
+    weight: Weight
+    activation: ActivationFormat | None
+    rules: tuple[str, ...]
+    work: Work | None = None
+    baseline: Work | None = None
+
+
+def linears_of(graph: Graph, target: Target) -> list[PlannedLinear]:
+    """List the linears of a planned graph; UnsupportedError names one that no kernel computes."""
+    if target.device == "torch":
+        return [
+            PlannedLinear(parameter_of(node.inputs[1]), node.inputs[0].tensor.format, (REFERENCE,))
+            for node in graph.nodes
+            if isinstance(node.op, ops.Linear) and isinstance(node.inputs[1].op, ops.Parameter)
+        ]
+    chooser = KernelChooser(target)
+    return [linear for node in graph.nodes for linear in chooser.linears(node)]
+
+
+def parameter_of(node: Node) -> Weight:
+    """Return the stored weight behind a node."""
+    assert isinstance(node.op, ops.Parameter)
+    return node.op.weight
+
+
+class KernelChooser:
+    """Asks the rules of the CPU backend; equal linears are asked for once."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.known: dict[object, tuple[tuple[str, ...], Work]] = {}
+
+    def linears(self, node: Node) -> Iterator[PlannedLinear]:
+        """Yield the linears inside a fused node that read stored weights."""
+        from qc.backends.tvm.kernel import region_of  # loads TVM
+        from qc.backends.tvm.linear.matching import match_linear
+
+        if not isinstance(node.op, Fused):
+            return
+        operands = dict(zip(node.op.body.inputs, node.inputs, strict=True))
+        inside = [n for n in node.op.body.nodes if reads_weight(n, operands)]
+        if not inside:
+            return
+        region = region_of(node, self.target)
+        linear = match_linear(region)
+        if linear is None:
+            yield from self.others(node, region, inside, operands)
+            return
+        for each, format in zip(linear.linears, linear.formats, strict=True):
+            weight = parameter_of(operands[each.inputs[1]])
+            yield self.planned(weight, format, linear.activation, linear, each)
+
+    def planned(
+        self,
+        weight: Weight,
+        format: WeightFormat,
+        activation: ActivationFormat | None,
+        linear: LinearRegion,
+        node: Node,
+    ) -> PlannedLinear:
+        """Describe one linear of a region that the rules for linears take."""
+        rules, work = self.choose(weight, format, activation, linear, node)
+        _, baseline = self.choose(weight, SIXTEEN_BITS, None, linear, node)
+        return PlannedLinear(weight, activation, rules, work, baseline)
+
+    def choose(
+        self,
+        weight: Weight,
+        format: WeightFormat,
+        activation: ActivationFormat | None,
+        linear: LinearRegion,
+        node: Node,
+    ) -> tuple[tuple[str, ...], Work]:
+        """Return the rules and the work for a weight, were it stored in `format`."""
+        from qc.backends.tvm.linear.rule import LinearKernels, places_of, term_kernel
+
+        key = (format, weight.shape, activation)
+        if key not in self.known:
+            places = [
+                replace(place, activation=activation) for place in places_of(linear, node, format)
+            ]
+            kernels = [term_kernel(place) for place in places]
+            tile = LinearKernels(linear, {node: kernels}).tile_height()
+            size = format.bits(weight.shape) // 8
+            instructions = [kernel.work for kernel in kernels]
+            integers = activation is not None
+            work = work_of(size, weight.elements, instructions, tile, self.target, integers)
+            names = tuple(dict.fromkeys(kernel.rule for kernel in kernels))
+            self.known[key] = names, work
+        return self.known[key]
+
+    def others(
+        self, node: Node, region: Region, inside: list[Node], operands: Mapping[Node, Node]
+    ) -> Iterator[PlannedLinear]:
+        """Yield linears that other rules take, which name no costs."""
+        from qc.backends.tvm.rules import CPU_RULES
+
+        kernel = next((k for rule in CPU_RULES if (k := rule(region)) is not None), None)
+        if kernel is None and len(region.body.nodes) - len(region.body.inputs) == 1:
+            raise UnsupportedError("no kernel computes linear", origin=node.origin.module or None)
+        for each in inside:
+            x, weight = each.inputs[0], parameter_of(operands[each.inputs[1]])
+            yield PlannedLinear(weight, x.tensor.format, (kernel.rule if kernel else "parts",))
+
+
+def reads_weight(node: Node, operands: Mapping[Node, Node]) -> bool:
+    """Say whether a node of a body is a linear of a stored matrix."""
+    if not isinstance(node.op, ops.Linear):
+        return False
+    weight = operands.get(node.inputs[1])
+    return weight is not None and isinstance(weight.op, ops.Parameter)
