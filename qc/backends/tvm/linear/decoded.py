@@ -21,6 +21,8 @@ from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKerne
 from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lanes
 from qc.ir.weights.expression import COL, ROW, Const, Expr, is_structural
 
+CHAINS = 4  # independent sums of a step: hides the latency of multiply-add
+
 
 @dataclass(frozen=True, eq=False)
 class DecodedKernel(TermKernel):
@@ -109,13 +111,14 @@ class DecodedKernel(TermKernel):
                 T.buffer_store(sums, sums[at] + self.scaled(inner, form, product), [at])
 
     def dot(self, rendering: VectorRendering, values: tuple[Expr, ...], inputs: list[Any]) -> Any:
-        """Return the sum of values * inputs, in two chains."""
-        chains: list[Any] = [None, None]
+        """Return the sum of values * inputs, in independent chains."""
+        chains: list[Any] = [None] * CHAINS
         for number, (value, x) in enumerate(zip(values, inputs, strict=True)):
             product = rendering.vector(value) * splat(x, self.lanes)
-            known = chains[number % 2]
-            chains[number % 2] = T.Bind(product if known is None else known + product)
-        return chains[0] if chains[1] is None else T.Bind(chains[0] + chains[1])
+            known = chains[number % CHAINS]
+            chains[number % CHAINS] = T.Bind(product if known is None else known + product)
+        known = [chain for chain in chains if chain is not None]
+        return T.Bind(sum(known[1:], known[0]))
 
     def scaled(self, rendering: VectorRendering, form: FormPart, product: Any) -> Any:
         """Multiply by the factor of a part."""

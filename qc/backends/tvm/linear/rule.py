@@ -9,6 +9,7 @@ from typing import Any
 from qc.backends.tvm.kernel import Kernel, Region
 from qc.backends.tvm.linear.decoded import decoded_term
 from qc.backends.tvm.linear.dense import dense_term
+from qc.backends.tvm.linear.entries import entries_term
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.int8_dot import INT8_TILES, int8_term
 from qc.backends.tvm.linear.layout import BLOCK
@@ -24,7 +25,7 @@ from qc.backends.tvm.linear.skeleton import (
     store_tile,
 )
 from qc.backends.tvm.linear.stream_float import float_stream_term
-from qc.backends.tvm.linear.structures import chain_term, entries_term, selected_term
+from qc.backends.tvm.linear.structures import chain_term, selected_term
 from qc.backends.tvm.linear.term import Place, TermKernel, TermRule
 from qc.backends.tvm.linear.vectors import float_lanes
 from qc.ir.node import Node

@@ -1,11 +1,10 @@
-"""Terms that are built of smaller products: chains, terms on some inputs, sparse entries.
+"""Terms that are built of smaller products: chains, and terms on some inputs.
 
 The smaller matrices are terms like any other, multiplied by whatever rule takes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -15,15 +14,15 @@ from tvm.tirx.script import builder as T
 from qc.backends.tvm.linear.inputs import Inputs, for_each_row
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.panels import FLOAT_TILES
-from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
+from qc.backends.tvm.linear.rendering import VectorRendering
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.stored import declare_plain, plain_arrays, take
 from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel, TermRule
-from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lanes
+from qc.backends.tvm.linear.vectors import float_lanes, span, splat
 from qc.ir.target import Target
 from qc.ir.types import ActivationFormat
-from qc.ir.weights.expression import COL, ENTRY, LANE, ROW, Const, Expr, substitute_indices
-from qc.ir.weights.structure import Chain, Entries, Part, Selected, Step
+from qc.ir.weights.expression import COL, ROW, Expr
+from qc.ir.weights.structure import Chain, Part, Selected, Step
 
 PARALLEL_FROM = 1 << 17
 """Weights of a step of a chain from which a second launch costs less than it gains."""
@@ -300,89 +299,3 @@ def selected_term(place: Place, choose: TermRule) -> TermKernel | None:
         return None
     inner = choose(place_of(place, selected.part))
     return None if inner is None else SelectedKernel(place, selected, inner)
-
-
-# ---------------------------------------------------------------- entries
-
-
-@dataclass(frozen=True, eq=False)
-class EntriesKernel(TermKernel):
-    """Go over the entries of each row."""
-
-    rule: ClassVar[str] = "entries"
-    place: Place
-    entries: Entries
-
-    @property
-    def work(self) -> float:
-        stored = sum(spec.bytes for spec in self.place.specs.values())
-        return 4.0 * stored / max(1, self.place.outer * self.place.inner)
-
-    @property
-    def expressions(self) -> tuple[Expr, ...]:
-        found = self.entries
-        return found.start, found.stop, found.column, found.value
-
-    def declare(self, signature: Signature) -> None:
-        declare_plain(signature, self.place, *self.expressions)
-
-    def prepare(self, signature: Signature, inputs: Inputs) -> None:
-        inputs.need_values()
-
-    def block(self, signature: Signature, inputs: Inputs, block: Any, many: bool) -> Products:
-        arrays = plain_arrays(signature, self.place, *self.expressions)
-        vector = float_lanes(self.place.target)
-        lanes = vector if self.entries.width % vector == 0 else 1
-        outer = self.place.outer
-
-        def add(row: Any, height: int, sums: Any) -> None:
-            found = T.alloc_buffer((height * BLOCK,), "float32", layout=None)
-            for at in range(0, height * BLOCK, vector):
-                T.buffer_store(found, splat(T.float32(0), vector), [span(at, vector)])
-            count = T.int64(BLOCK)
-            if outer % BLOCK:
-                count = T.min(count, T.int64(outer) - block * BLOCK)
-            with T.serial(T.int64(0), count) as number:
-                place = T.Bind(block * BLOCK + number)
-                totals = self.add_entries(arrays, inputs.values, place, row, height, lanes)
-                for r in range(height):
-                    T.buffer_store(found, totals[r], [r * BLOCK + number])
-            for r in range(height):
-                for first in range(0, BLOCK, vector):
-                    at = span(first, vector)
-                    value = sums[r][at] + found[span(r * BLOCK + first, vector)]
-                    T.buffer_store(sums[r], value, [at])
-
-        return add
-
-    def add_entries(
-        self, arrays: Mapping[str, StoredArray], x: Any, place: Any, row: Any, height: int,
-        lanes: int,
-    ) -> list[Any]:  # fmt: skip
-        """Multiply the entries of one output by `height` rows of x; return the sums."""
-        target, width = self.place.target, self.entries.width
-        totals = accumulator(lanes, size=lanes * height)
-        single = VectorRendering(arrays, {ROW: place}, 1, target)
-        start = T.Bind(single.scalar_index(self.entries.start))
-        stop = T.Bind(single.scalar_index(self.entries.stop))
-        with T.serial(T.int64(0), stop - start) as number:
-            entry = T.Bind(start + number)
-            at_entry = single.within({ENTRY: entry})
-            column = T.Bind(at_entry.scalar_index(self.entries.column))
-            vectors = VectorRendering(arrays, {ROW: place, ENTRY: entry}, lanes, target)
-            for first in range(0, width, lanes):
-                lane: Expr = LANE + first if lanes > 1 else Const(first)
-                value = T.Bind(vectors.vector(substitute_indices(self.entries.value, {LANE: lane})))
-                for r in range(height):
-                    at = span(r * lanes, lanes)
-                    product = value * x[row + r, span(column + first, lanes)]
-                    T.buffer_store(totals, totals[at] + product, [at])
-        if lanes == 1:
-            return [totals[r] for r in range(height)]
-        return [T.Bind(sum_of_lanes(totals[span(r * lanes, lanes)])) for r in range(height)]
-
-
-def entries_term(place: Place) -> TermKernel | None:
-    """Multiply by entries that are listed row by row."""
-    entries = place.format.structure(place.shape)
-    return EntriesKernel(place, entries) if isinstance(entries, Entries) else None
