@@ -24,14 +24,16 @@ class Part:
     width: int
     shift: int
 
-    def as_bytes(self, size: int) -> Any:
-        """Return the bits as `size` bytes, not yet shifted into place."""
-        value = self.chunk
-        if self.low:
-            value = T.shift_right(value, splat(T.uint8(self.low), size))
-        if self.low + self.width == 8:
+    def as_bytes(self, size: int, at: int = 0) -> Any:
+        """Return the bits as `size` bytes, in place `at` of each: one shift and one mask."""
+        value, move = self.chunk, self.low - at
+        if move > 0:
+            value = T.shift_right(value, splat(T.uint8(move), size))
+        elif move < 0:
+            value = T.shift_left(value, splat(T.uint8(-move), size))
+        if self.low + self.width == 8 and at == 0:
             return value
-        return T.bitwise_and(value, splat(T.uint8((1 << self.width) - 1), size))
+        return T.bitwise_and(value, splat(T.uint8(((1 << self.width) - 1) << at), size))
 
     def as_integers(self, byte: int, lanes: int) -> Any:
         """Return the bits of the input number `byte` of the quad as int32, in place."""
@@ -105,11 +107,7 @@ class StreamReader:
 
 def joined(parts: Sequence[Part], size: int, shift: int = 0) -> Any:
     """Put parts of codes together in one byte each; `shift` is the lowest bit that is kept."""
-    placed = []
-    for part in parts:
-        value = part.as_bytes(size)
-        left = splat(T.uint8(part.shift - shift), size)
-        placed.append(T.shift_left(value, left) if part.shift > shift else value)
+    placed = [part.as_bytes(size, part.shift - shift) for part in parts]
     return T.Bind(reduce(T.bitwise_or, placed))
 
 
