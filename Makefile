@@ -7,6 +7,8 @@ ENVIRONMENT := .venv/installed
 DATA := build/data/installed
 MODEL := build/smollm2-135m-offgrid
 EVALUATION := build/text/evaluation.txt
+MULTIPLYING := tests/backends/tvm/linear tests/backends/tvm/test_lower.py tests/test_stages.py \
+  tests/test_compile.py tests/test_check.py tests/test_cli.py tests/test_evaluation.py tests/test_guides.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .PHONY: help demo test test-slow bench lint format environment model clean
@@ -14,7 +16,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 help:
 	@echo 'make demo       compile a real model to int4 CPU code, run it, compare with the original'
 	@echo 'make test       linters, types, import contracts, quick tests'
-	@echo 'make test-slow  the tests marked slow: the real model, the claims of the recipes'
+	@echo 'make test-slow  the tests marked slow: the real model, the claims of the recipes;'
+	@echo '                then those that multiply by weights, without the fast kernel rules'
 	@echo 'make bench      speed and accuracy beside peers'
 	@echo 'make lint       linters, types, import contracts'
 	@echo 'make format     rewrite the sources in the house format'
@@ -28,6 +31,7 @@ test: lint model
 
 test-slow: $(ENVIRONMENT) model
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --without-fast-rules $(MULTIPLYING)
 
 bench: $(ENVIRONMENT) model
 	$(BIN)/python -m benchmarks $(MODEL) $(EVALUATION)

@@ -26,13 +26,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the golden files that differ"
     )
+    parser.addoption(
+        "--without-fast-rules", action="store_true", help="multiply every weight element by element"
+    )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # a sum split among threads rounds differently; -n 2 fills two cores
+    if config.getoption("--without-fast-rules"):
+        from qc.backends.tvm.linear import rule
+
+        rule.FAST_RULES = ()  # for good: this process runs nothing but tests
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.config.getoption("--without-fast-rules") and item.get_closest_marker("fast_rules"):
+        pytest.skip("says what a fast rule does, and --without-fast-rules takes them away")
     for mark in item.iter_markers("needs"):
         for fact in mark.args:
             reason = find_lack(fact)

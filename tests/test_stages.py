@@ -53,6 +53,7 @@ def test_stages_of_a_recipe_are_printed(
     assert texts["ir/captured.txt"] == str(model.quantized.captured)
 
 
+@pytest.mark.fast_rules
 def test_kernels_of_a_recipe_are_printed(
     planned: tuple[str, PlannedModel], golden: Callable[[str, str], None]
 ) -> None:

@@ -75,6 +75,7 @@ def test_vnni_kernels_are_right_but_for_the_instruction(monkeypatch: pytest.Monk
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
 
 
+@pytest.mark.fast_rules
 @pytest.mark.parametrize(
     ("target", "instruction"), [(VNNI, "vpdpbusd"), (CPUS["x86_64-v3"], "vpmaddubsw")]
 )
@@ -84,6 +85,7 @@ def test_the_kernel_uses_byte_products(target: Target, instruction: str) -> None
     assert instruction in assembly
 
 
+@pytest.mark.fast_rules
 def test_stored_bits_stay_the_same() -> None:
     for bits in range(2, 9):
         for offset in OFFSETS:

@@ -45,3 +45,7 @@ def test_every_format_and_size_is_decoded_and_multiplied(
     chosen = cases() if target == host_cpu() else cases()[::4]
     errors = worst_error(rule.linear_rule, chosen, target, rows=(1, 2, 5))
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
+
+
+def test_the_option_takes_the_fast_rules_away(pytestconfig: pytest.Config) -> None:
+    assert bool(rule.FAST_RULES) != pytestconfig.getoption("--without-fast-rules")
