@@ -217,6 +217,7 @@ def test_a_roofline_is_flat_where_arithmetic_takes_over() -> None:
     assert flat_from(integers, sixteen, target) is None
 
 
+@pytest.mark.fast_rules
 def test_few_bits_are_read_faster(canonical: CanonicalModel) -> None:
     two, four = (canonical.check("cpu:x86_64-v3", recipe) for recipe in ("w2", "w4"))
     assert two.summary["bytes_per_token"] < four.summary["bytes_per_token"]
