@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qc.checking.cost import CompileCost, compile_cost
-from qc.checking.linears import PlannedLinear, linears_of
+from qc.checking.linears import PlannedLinear, linears_of, require_kernels
 from qc.checking.report import CheckedLinear, CheckReport, require_none
 from qc.checking.roofline import ROWS, flat_from, speedup
 from qc.ir import ops
@@ -53,7 +53,10 @@ def require_possible(canonical: Graph, passes: Pipeline, target: Target) -> None
 
     FormatError or UnsupportedError, in one sentence.
     """
-    require_none(expected(canonical, passes, target).refusals)
+    found = preview(passes, canonical)
+    require_none(found.refusals)
+    if found.graph is not None and target.device != "torch":
+        require_kernels(Fuse().run(found.graph, Context(target)), target)
 
 
 def check_graph(canonical: Graph, passes: Pipeline, target: Target, source: str) -> CheckReport:

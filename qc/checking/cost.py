@@ -17,20 +17,23 @@ from qc.passes.quantize.round_to_nearest import round_to_nearest
 # Measured with SmolLM2-135M for `cpu-w4` and for int3·g64 + rank16 + sparse0.5% on two cores of an
 # AMD EPYC (Zen 3), shared with other work: lowering and compiling 24 kernels took 9.7 and 6.5 s,
 # linking 2.2 and 3.0 s, repacking and writing 146 and 131 MB 2.1 and 2.3 s, and the process grew to
-# 1.77 and 2.35 GB. Reading and checking 135M weights took 4 s more than rounding them in the cache.
+# 1.77 and 2.35 to 2.8 GB. Reading and checking 135M weights took 4 s more than rounding them where
+# the cache holds them.
 SECONDS_A_KERNEL = 0.35
 SECONDS_TO_LINK = 3.0
 SECONDS_A_WEIGHT = 3e-8
 STORED_BYTES_A_SECOND = 65e6
 LIBRARIES = 0.45e9
 """Bytes of a process with the compiler's libraries."""
-COPIES = 8
-"""Float32 copies of the largest matrix that quantizing it holds."""
+COPIES, COPIES_A_TERM = 1, 4
+"""Float32 copies of the largest matrix that storing it holds, and those for each term."""
 
 PROBES = (1 << 14, 1 << 16)
 """Weights of the random matrices that a format is timed on."""
+REPEATED = 2
+"""Times that a probe is run: the first one also warms up."""
 LONG = 0.5
-"""Seconds after which one probe must do."""
+"""Seconds after which one size of probe must do."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,15 @@ def compile_cost(
 ) -> CompileCost:
     """Estimate from the weights before and after the passes, those that are stored anew, and the
     number of kernels to generate."""
-    before, after = list(before), list(after)
+    changed = list(changed)
     stored = sum(weight.bits for weight in after) // 8
-    largest = max((weight.elements for weight in before), default=0)
     values = sum(weight.bits for weight in before) // 8
+    held = [4 * w.elements * (COPIES + COPIES_A_TERM * len(w.terms)) for w in changed]
     return CompileCost(
-        quantize_seconds(list(changed)),
+        quantize_seconds(changed),
         SECONDS_TO_LINK + SECONDS_A_KERNEL * kernels if kernels else 0.0,
         stored / STORED_BYTES_A_SECOND,
-        round(LIBRARIES + values + stored + COPIES * 4 * largest),
+        round(LIBRARIES + values + stored + max(held, default=0)),
     )
 
 
@@ -75,7 +78,10 @@ def quantize_seconds(weights: Sequence[Weight]) -> float:
 
 
 def seconds_for(format: WeightFormat, shape: tuple[int, ...]) -> float:
-    """Time two sizes on one thread, and go on by the power of the size that they show."""
+    """Time two sizes on one thread, and go on by the power of the size that they show.
+
+    Time of the processor: what else a machine does is not known for the compilation either.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -104,9 +110,14 @@ def probe_times(format: WeightFormat, shape: tuple[int, ...]) -> Iterable[tuple[
         if format.refusal(small) is not None:
             small = shape
         values = torch.randn(small, generator=torch.Generator().manual_seed(0))
-        start = time.perf_counter()
-        round_to_nearest(values, format)
-        seconds = time.perf_counter() - start
+        seconds = min(processor_seconds(values, format) for _ in range(REPEATED))
         yield small[0] * small[1], seconds
         if seconds > LONG or small == shape:
             return
+
+
+def processor_seconds(values: torch.Tensor, format: WeightFormat) -> float:
+    """Return the processor time of this thread for storing a matrix."""
+    start = time.thread_time()
+    round_to_nearest(values, format)
+    return max(time.thread_time() - start, 1e-6)

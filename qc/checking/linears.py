@@ -20,7 +20,7 @@ from qc.ir.weights.dense import DenseFormat
 from qc.ir.weights.weight import Weight, WeightFormat
 
 if TYPE_CHECKING:
-    from qc.backends.tvm.kernel import Region
+    from qc.backends.tvm.kernel import Kernel, Region
     from qc.backends.tvm.linear.matching import LinearRegion
 
 REFERENCE = "reference interpreter"
@@ -49,6 +49,33 @@ def linears_of(graph: Graph, target: Target) -> list[PlannedLinear]:
         ]
     chooser = KernelChooser(target)
     return [linear for node in graph.nodes for linear in chooser.linears(node)]
+
+
+def require_kernels(graph: Graph, target: Target) -> None:
+    """Refuse a planned graph with a linear that no kernel computes, without choosing kernels:
+    what the rules for linears match, the last of them takes in any format."""
+    from qc.backends.tvm.kernel import region_of  # loads TVM
+    from qc.backends.tvm.linear.matching import match_linear
+
+    for node in graph.nodes:
+        if not isinstance(node.op, Fused):
+            continue
+        operands = dict(zip(node.op.body.inputs, node.inputs, strict=True))
+        inside = [n for n in node.op.body.nodes if reads_weight(n, operands)]
+        region = region_of(node, target)
+        if inside and match_linear(region) is None:
+            other_kernel(node, region)
+
+
+def other_kernel(node: Node, region: Region) -> Kernel | None:
+    """Return the kernel of a region that the rules for linears do not take; None where its parts
+    have kernels of their own. UnsupportedError where it has one part and no rule takes it."""
+    from qc.backends.tvm.rules import CPU_RULES
+
+    kernel = next((k for rule in CPU_RULES if (k := rule(region)) is not None), None)
+    if kernel is None and len(region.body.nodes) - len(region.body.inputs) == 1:
+        raise UnsupportedError("no kernel computes linear", origin=node.origin.module or None)
+    return kernel
 
 
 def parameter_of(node: Node) -> Weight:
@@ -127,11 +154,7 @@ class KernelChooser:
         self, node: Node, region: Region, inside: list[Node], operands: Mapping[Node, Node]
     ) -> Iterator[PlannedLinear]:
         """Yield linears that other rules take, which name no costs."""
-        from qc.backends.tvm.rules import CPU_RULES
-
-        kernel = next((k for rule in CPU_RULES if (k := rule(region)) is not None), None)
-        if kernel is None and len(region.body.nodes) - len(region.body.inputs) == 1:
-            raise UnsupportedError("no kernel computes linear", origin=node.origin.module or None)
+        kernel = other_kernel(node, region)
         for each in inside:
             x, weight = each.inputs[0], parameter_of(operands[each.inputs[1]])
             yield PlannedLinear(weight, x.tensor.format, (kernel.rule if kernel else "parts",))

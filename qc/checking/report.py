@@ -171,7 +171,7 @@ def line_of(row: CheckedLinear) -> dict[str, Any]:
         "bytes/token": row.bytes_a_token,
     }
     for rows, value in row.speedups.items():
-        line[f"x{rows}"] = f"{value:.1f}"
+        line["1 row" if rows == 1 else f"{rows} rows"] = f"{value:.1f}"
     return line | {"speed-up": row.remark}
 
 
