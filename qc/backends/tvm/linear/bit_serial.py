@@ -5,14 +5,16 @@ plane say which one. One lookup replaces four products, and b bits cost b lookup
 
     y = sum over groups of sum_p c_p x_scale (sum of lookups in plane p) + z x_scale (sum of a)
 
-A sum s of four activations, |s| <= 508, is stored as two digits of 5 bits:
+A sum s of four activations, |s| <= 508, is stored as two digits of 5 bits, so that the digits of
+the 8 lookups of 32 inputs add up in bytes: one addition a lookup.
 
-    s + 3 = 32 high + (low + 16)    high, low in -16..15
+    bits     s = 32 high + low + 13 in the first 16 inputs, digits -16 to 15
+             s = 32 high + low - 13 in the others, digits -15 to 16: a sum of 8 is exact, below 125
+    trits    s = 32 high + low - 512, digits 0 to 31: the two bit planes, where a weight is 1 and
+             where it is -1, are subtracted
 
-so that the digits of the 8 lookups of 32 inputs add up in bytes, -128..120: one addition a lookup.
-The 13 that each lookup is short of is added once a group; the two bit planes of trits, where a
-weight is 1 and where it is -1, are subtracted, so that there it cancels. Sums stay exact integers
-as long as neither a coefficient nor an activation scale changes, up to 128 inputs in int16.
+Sums stay exact integers as long as neither a coefficient nor an activation scale changes, up to 128
+inputs in int16.
 
 Sources: T-MAC (arXiv 2407.00088) for tables of four inputs in registers and their transposed
 layout; bitnet.cpp (arXiv 2502.11880) for exact sums by splitting the tables' bytes.
@@ -27,23 +29,28 @@ from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.bit_serial_layout import SLOT, PlaneStream, plane_stream_of
+from qc.backends.tvm.linear.bit_serial_layout import (
+    PLANE_BYTES,
+    SLOT,
+    PlaneStream,
+    plane_stream_of,
+)
+from qc.backends.tvm.linear.bit_serial_reader import PlaneReader, decoded_panel, shuffled
 from qc.backends.tvm.linear.inputs import Inputs
-from qc.backends.tvm.linear.int8_dot import MULTIPLY_BYTES, PREFETCH_BYTES
+from qc.backends.tvm.linear.int8_dot import ADD_PAIRS, MULTIPLY_BYTES, PREFETCH_BYTES
 from qc.backends.tvm.linear.layout import BLOCK, QUADS, STEP
-from qc.backends.tvm.linear.panels import FLOAT_TILES, add_tile, new_panel, reader_of
+from qc.backends.tvm.linear.panels import FLOAT_TILES, add_tile, reader_of
 from qc.backends.tvm.linear.skeleton import Signature
 from qc.backends.tvm.linear.term import Place, Products, TermKernel
 from qc.backends.tvm.linear.vectors import (
     float_lanes,
-    halves_to_float,
+    lanes_of,
     prefetch,
     pure,
     span,
     splat,
     typed,
 )
-from qc.ir.target import Target
 
 LOOKUP = {
     16: "llvm.x86.ssse3.pshuf.b.128",
@@ -51,18 +58,16 @@ LOOKUP = {
     64: "llvm.x86.avx512.pshuf.b.512",
 }
 
-RADIX_BITS = 5
-SHORT = 13
-"""A sum is its digits, high * 32 + low, plus this."""
+RADIX = 32
+SHIFTS = {False: ((3, 16), (28, 15)), True: ((512, 0), (512, 0))}
+"""For bits and for trits, in the first and the last quads of a step: what is added to a sum before
+it is split, and what is then subtracted from the low digit."""
 
 TABLES_BYTES = 2 * QUADS * SLOT
 """Tables of a step: the low digits of the 8 quads, then the high ones."""
 
 MOST_STEPS = 4
-"""Steps that are added in int16: 4 * 8 * (508 + 13) = 16672."""
-
-UNROLLED_CHUNKS = 4
-"""Longer groups become loops."""
+"""Steps that are added in int16: 128 * 127 = 16256."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class BitSerial(TermKernel):
 
     @property
     def work(self) -> float:
-        return 0.7 * self.stream.bit_planes
+        return 0.15 + 0.42 * self.stream.bit_planes  # counted on AVX2, for groups of 32
 
     def declare(self, signature: Signature) -> None:
         shape = (self.stream.blocks, self.stream.block_bytes)
@@ -84,8 +89,8 @@ class BitSerial(TermKernel):
     def prepare(self, signature: Signature, inputs: Inputs) -> None:
         inputs.need_values()
         scratch, group = signature.scratch, self.stream.group
-        if "tables" not in scratch:
-            scratch["tables"] = build_tables(inputs)
+        if ("tables", self.stream.trits) not in scratch:
+            scratch["tables", self.stream.trits] = build_tables(inputs, self.stream.trits)
         if ("totals", group) not in scratch:
             scratch["totals", group] = build_totals(inputs, group)
 
@@ -100,7 +105,8 @@ class BitSerial(TermKernel):
                 add_tile(inputs.values, self.place.inner, read, lanes, row, height, sums)
 
             return add_many
-        tables, totals = signature.scratch["tables"], signature.scratch["totals", self.stream.group]
+        tables = signature.scratch["tables", self.stream.trits]
+        totals = signature.scratch["totals", self.stream.group]
 
         def add(row: Any, height: int, sums: Any) -> None:
             for r in range(height):
@@ -123,7 +129,7 @@ def bit_serial_term(place: Place) -> TermKernel | None:
 # ---------------------------------------------------------------- once a call
 
 
-def build_tables(inputs: Inputs) -> Any:
+def build_tables(inputs: Inputs, trits: bool) -> Any:
     """Emit the tables of all rows, int8[rows, steps * 256], where rows are looked up one by one."""
     most = FLOAT_TILES[inputs.target.vector_bytes]
     steps = inputs.inner // STEP
@@ -135,11 +141,14 @@ def build_tables(inputs: Inputs) -> Any:
         T.serial(T.int64(0), inputs.rows) as row,
         T.serial(T.int64(0), T.int64(steps)) as step,
     ):
-        for quad in range(QUADS):
-            low, high = digits(subset_sums(inputs, row, step * STEP + 4 * quad))
-            at = step * TABLES_BYTES + SLOT * quad
-            T.buffer_store(tables, low, [row, span(at, SLOT)])
-            T.buffer_store(tables, high, [row, span(at + SLOT * QUADS, SLOT)])
+        for half, (shift, least) in enumerate(SHIFTS[trits]):
+            with T.serial(T.int64(0), T.int64(QUADS // 2)) as number:
+                quad = number + half * (QUADS // 2)
+                sums = subset_sums(inputs, row, step * STEP + quad * 4)
+                low, high = digits(sums, shift, least)
+                at = step * TABLES_BYTES + quad * SLOT
+                T.buffer_store(tables, low, [row, span(at, SLOT)])
+                T.buffer_store(tables, high, [row, span(at + SLOT * QUADS, SLOT)])
     return tables
 
 
@@ -154,63 +163,34 @@ def subset_sums(inputs: Inputs, row: Any, first: Any) -> Any:
     return T.Bind(found)
 
 
-def digits(sums: Any) -> tuple[Any, Any]:
+def digits(sums: Any, shift: int, least: int) -> tuple[Any, Any]:
     """Split sums int16[16] into a low and a high digit, int8[16]."""
-    moved = T.Bind(sums + splat(T.int16((1 << RADIX_BITS) // 2 - SHORT), SLOT))
-    low = T.bitwise_and(moved, splat(T.int16((1 << RADIX_BITS) - 1), SLOT))
-    low = low - splat(T.int16((1 << RADIX_BITS) // 2), SLOT)
-    high = T.shift_right(moved, splat(T.int16(RADIX_BITS), SLOT))
+    moved = T.Bind(sums + splat(T.int16(shift), SLOT))
+    low = T.bitwise_and(moved, splat(T.int16(RADIX - 1), SLOT)) - splat(T.int16(least), SLOT)
+    high = T.shift_right(moved, splat(T.int16(RADIX.bit_length() - 1), SLOT))
     return T.Cast(f"int8x{SLOT}", low), T.Cast(f"int8x{SLOT}", high)
 
 
 def build_totals(inputs: Inputs, group: int) -> Any:
-    """Emit float32[rows, groups, 2]: the sum of the inputs of each group of a weight, and what the
-    digits of their lookups are short of."""
+    """Emit float32[rows, groups]: the sum of the inputs of each group of a weight."""
     assert inputs.format is not None
     most = FLOAT_TILES[inputs.target.vector_bytes]
     groups = -(-inputs.inner // group)
-    shape = (T.int64(most - 1), T.int64(2 * groups))
-    totals = T.alloc_buffer(shape, "float32", layout=None)
+    totals = T.alloc_buffer((T.int64(most - 1), T.int64(groups)), "float32", layout=None)
     activation_group = min(inputs.format.group or inputs.inner, inputs.inner)
     with T.If(inputs.rows < most), T.Then(), T.serial(T.int64(0), inputs.rows) as row:
-        with T.serial(T.int64(0), T.int64(2 * groups)) as at:
+        with T.serial(T.int64(0), T.int64(groups)) as at:
             T.buffer_store(totals, T.float32(0), [row, at])
         with T.serial(T.int64(0), T.int64(inputs.inner // STEP)) as step:
             scale = T.Bind(inputs.scale[row, T.floordiv(step * STEP, T.int64(activation_group))])
             codes = T.Cast(f"int32x{STEP}", inputs.codes[row, span(step * STEP, STEP)])
             whole = T.Cast("float32", pure("int32", "llvm.vector.reduce.add", codes))
-            at = T.Bind(T.floordiv(step * STEP, T.int64(group)) * 2)
+            at = T.Bind(T.floordiv(step * STEP, T.int64(group)))
             T.buffer_store(totals, totals[row, at] + whole * scale, [row, at])
-            short = scale * T.float32(SHORT * QUADS)
-            T.buffer_store(totals, totals[row, at + 1] + short, [row, at + 1])
     return totals
 
 
-# ---------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class PlaneReader:
-    """The stream of one block of outputs."""
-
-    stream: PlaneStream
-    buffer: Any
-    block: Any
-    target: Target
-
-    @property
-    def lanes(self) -> int:
-        return float_lanes(self.target)
-
-    def bytes_at(self, offset: Any, count: int) -> Any:
-        """Load bytes of the stream."""
-        return self.buffer[self.block, span(offset, count)]
-
-    def halves(self, head: Any, number: int, first: int) -> Any:
-        """Load the coefficients of plane `number`, or behind the last the offsets, as float32."""
-        stored = self.bytes_at(head + 2 * (BLOCK * number + first), 2 * self.lanes)
-        bits = T.reinterpret(typed("uint16", self.lanes), stored)
-        return T.Bind(halves_to_float(bits, self.lanes, self.target))
+# ---------------------------------------------------------------- row by row
 
 
 @dataclass(frozen=True)
@@ -253,11 +233,9 @@ class Row:
         head = T.Bind(group * stream.group_bytes)
         codes = T.Bind(head + stream.head_bytes)
         first_input = T.Bind(group * stream.group)
-        total = T.Bind(self.totals[self.row, group * 2])
-        short = T.Bind(self.totals[self.row, group * 2 + 1])
-        start = T.float32(0) if stream.trits else short
-        if stream.signs:  # c (2 b - 1) = 2 c (b - 1/2)
-            start = short - total * T.float32(0.5)
+        total = T.Bind(self.totals[self.row, group])
+        # c (2 b - 1) = 2 c (b - 1/2)
+        start = total * T.float32(-0.5) if stream.signs else T.float32(0)
         by_plane = [self.started(start) for _ in range(stream.planes)]
         self.emit_chunks(codes, first_input, size, by_plane)
         for first in range(0, BLOCK, lanes):
@@ -287,10 +265,10 @@ class Row:
             at = T.Bind(codes + number * bytes_of_chunk)
             self.emit_chunk(at, T.Bind(first_input + number * self.chunk), by_plane)
 
-        if count <= UNROLLED_CHUNKS:
-            for number in range(count):
-                emit(number)
+        if count == 1:
+            emit(0)
             return
+        # a loop, however short: LLVM mixes unrolled chunks and spills, a fourth slower
         with T.serial(T.int64(0), T.int64(count)) as number:
             emit(number)
 
@@ -302,193 +280,185 @@ class Row:
             prefetch(T.address_of(self.reader.buffer[self.reader.block, ahead]))
         group = T.floordiv(first_input, T.int64(self.activation_group))
         scale = T.Bind(self.inputs.scale[self.row, group])
-        for number in range(len(stream.bundles)):
-            for plane, integers in self.integers(number, codes, first_input):
-                for first in range(0, BLOCK, lanes):
-                    at = span(first, lanes)
-                    value = T.Cast(typed("float32", lanes), part(integers, first, lanes))
-                    more = by_plane[plane][at] + value * splat(scale, lanes)
-                    T.buffer_store(by_plane[plane], more, [at])
+        for plane, integers in enumerate(self.integers(codes, first_input)):
+            for number, value in enumerate(widened(integers, lanes)):
+                at = span(number * lanes, lanes)
+                value = T.Cast(typed("float32", lanes), value)
+                T.buffer_store(
+                    by_plane[plane], by_plane[plane][at] + value * splat(scale, lanes), [at]
+                )
 
-    def integers(self, number: int, codes: Any, first_input: Any) -> list[tuple[int, Any]]:
-        """Return the planes of a bundle and their sums int16[16] over a chunk."""
-        bundle = self.stream.bundles[number]
-        start = codes + bundle.start * 64
-        lookups = Lookups(self.reader, self.tables, self.row, len(bundle))
-        found = [
-            lookups.sums(start + step * self.stream.step_bytes, first_input + step * STEP)
+    def integers(self, codes: Any, first_input: Any) -> list[list[Any]]:
+        """Return the sums of each plane over a chunk: int16[16], in vectors of 16 or 8."""
+        steps = [
+            Lookups(
+                self.reader,
+                self.tables,
+                self.row,
+                T.Bind((first_input + step * STEP) * (TABLES_BYTES // STEP)),
+                codes + step * self.stream.step_bytes,
+            ).sums()
             for step in range(self.chunk // STEP)
         ]
-        columns = [T.Bind(sum(column[1:], column[0])) for column in zip(*found, strict=True)]
-        if self.stream.trits:
-            return [(number, T.Bind(columns[0] - columns[1]))]
-        return list(zip(bundle, columns, strict=True))
+        return [
+            [T.Bind(sum(parts[1:], parts[0])) for parts in zip(*of_plane, strict=True)]
+            for of_plane in zip(*steps, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class Lookups:
-    """The lookups of one bundle of `planes` bit planes, for one row of x.
+    """The lookups of one step of all planes, for one row of x.
 
-    A vector has a slot of 16 bytes in each 128-bit lane, where its instruction looks up in a table
-    of its own: first the planes, then the quads.
+    A vector has one pattern or several, of quads that follow each other; or half a pattern.
     """
 
     reader: PlaneReader
     tables: Any
     row: Any
-    planes: int
+    first_table: Any
+    codes: Any
+
+    @property
+    def stream(self) -> PlaneStream:
+        return self.reader.stream
 
     @property
     def width(self) -> int:
         """Bytes of a vector."""
         return self.reader.target.vector_bytes
 
-    def sums(self, codes: Any, first_input: Any) -> list[Any]:
-        """Return the sums int16[16] of each plane over 32 inputs."""
-        tables = T.Bind(first_input * (TABLES_BYTES // STEP))
+    def sums(self) -> list[list[Any]]:
+        """Return the sums of each plane: int16[16], in vectors of 16 or 8."""
+        pairs = [bundle for bundle in self.stream.bundles if len(bundle) == 2]
+        alone = [bundle for bundle in self.stream.bundles if len(bundle) == 1]
+        found = []
+        for low, high in self.digits(pairs, 2):
+            if self.stream.trits:
+                found.append(self.differences(low, high))
+            else:
+                found += [self.combined(low, high, plane) for plane in range(2)]
+        for low, high in self.digits(alone, 1):
+            found.append(self.combined_alone(low, high))
+        return found
+
+    def digits(self, bundles: Sequence[range], planes: int) -> list[tuple[list[Any], list[Any]]]:
+        """Look up in bundles that share tables; return the sums of low and of high digits of each:
+        int8[planes * 16] or several of them, in vectors."""
+        if not bundles:
+            return []
         slots = self.width // SLOT
-        separate = max(1, self.planes // slots)  # vectors that are of different planes
-        found: list[list[Any]] = [[[], []] for _ in range(separate)]
-        for vector in range(QUADS // 2 * self.planes // slots):
-            patterns = T.Bind(self.reader.bytes_at(codes + vector * self.width, self.width))
-            low = T.bitwise_and(patterns, splat(T.uint8(15), self.width))
-            high = T.shift_right(patterns, splat(T.uint8(4), self.width))
-            quad = vector * slots // self.planes
-            for half, index in enumerate((T.Bind(low), T.Bind(high))):
+        separate = max(1, planes // slots)  # vectors of a pattern
+        found: list[Any] = [[[None] * separate for _ in range(2)] for _ in bundles]
+        for vector in range(QUADS // 2 * planes // slots):
+            patterns = [self.patterns(bundle, vector) for bundle in bundles]
+            quad = vector * slots // planes
+            for half in range(2):
                 for digit in range(2):
-                    place = (digit * QUADS + half * QUADS // 2 + quad) * SLOT
-                    values = pure(
-                        f"int8x{self.width}", LOOKUP[self.width],
-                        self.table(tables + place), index,
-                    )  # fmt: skip
-                    found[vector % separate][digit].append(values)
-        together = self.planes // separate
-        return [
-            value
-            for digits_of in found
-            for value in joined([self.added(each, together) for each in digits_of], together)
-        ]
+                    table = self.table(digit * QUADS + half * QUADS // 2 + quad, planes)
+                    for sums, pattern in zip(found, patterns, strict=True):
+                        value = self.looked_up(table, pattern[half])
+                        known = sums[digit][vector % separate]
+                        more = value if known is None else known + value
+                        sums[digit][vector % separate] = T.Bind(more)
+        return [(low, high) for low, high in found]
 
-    def table(self, place: Any) -> Any:
-        """Load the tables of the quads of a vector, each repeated for the planes."""
+    def patterns(self, bundle: range, vector: int) -> tuple[Any, Any]:
+        """Load patterns: of the first 16 inputs, and of the others."""
+        at = self.codes + (bundle.start * PLANE_BYTES + vector * self.width)
+        both = T.Bind(self.reader.bytes_at(at, self.width))
+        low = T.bitwise_and(both, splat(T.uint8(15), self.width))
+        return T.Bind(low), T.Bind(T.shift_right(both, splat(T.uint8(4), self.width)))
+
+    def table(self, number: int, planes: int) -> Any:
+        """Load the tables from `number` on for a vector, each repeated for the planes."""
         slots = self.width // SLOT
-        quads = max(1, slots // self.planes)
-        loaded = self.tables[self.row, span(place, quads * SLOT)]
+        quads = max(1, slots // planes)
+        loaded = self.tables[self.row, span(self.first_table + number * SLOT, quads * SLOT)]
         if quads == slots:
-            return loaded
+            return T.Bind(loaded)
         repeated = slots // quads
-        order = [n for q in range(quads) for n in [*slot(q)] * repeated]
+        order = [SLOT * quad + n for quad in range(quads) for n in [*range(SLOT)] * repeated]
         # TVM wants no more lanes out than in
-        return T.Shuffle([T.Bind(loaded)] * repeated, [T.int32(n) for n in order])
+        return T.Bind(T.Shuffle([T.Bind(loaded)] * repeated, [T.int32(n) for n in order]))
 
-    def added(self, values: Sequence[Any], planes: int) -> Any:
-        """Add vectors of digits, and in them the lanes of the same plane: int8[planes * 16]."""
-        whole = T.Bind(sum(values[1:], values[0]))
-        each = planes * SLOT
-        if each == self.width:
-            return whole
-        parts = [
-            shuffled(whole, range(start, start + each)) for start in range(0, self.width, each)
+    def looked_up(self, table: Any, pattern: Any) -> Any:
+        """Look a vector of patterns up."""
+        return pure(f"int8x{self.width}", LOOKUP[self.width], table, pattern)
+
+    def differences(self, low: list[Any], high: list[Any]) -> list[Any]:
+        """Return 32 high + low of the even bytes minus that of the odd ones."""
+        return [
+            T.Bind(weighed(unsigned_by(a, 1, -1)) + weighed(unsigned_by(b, RADIX, -RADIX)))
+            for a, b in zip(
+                map(self.whole_pattern, low), map(self.whole_pattern, high), strict=True
+            )
         ]
-        return T.Bind(sum(parts[1:], parts[0]))
+
+    def combined(self, low: list[Any], high: list[Any], plane: int) -> list[Any]:
+        """Return 32 high + low of one of two planes that lie side by side."""
+        found = []
+        for a, b in zip(map(self.whole_pattern, low), map(self.whole_pattern, high), strict=True):
+            size = lanes_of(a)
+            order = [
+                SLOT * lane + 8 * plane + n + size * digit
+                for lane in range(size // SLOT)
+                for n in range(8)
+                for digit in range(2)
+            ]
+            found.append(T.Bind(weighed(by_unsigned(shuffled([a, b], order)))))
+        return found
+
+    def combined_alone(self, low: list[Any], high: list[Any]) -> list[Any]:
+        """Return 32 high + low of a plane that lies alone."""
+        (a,), (b,) = low, high
+        if self.width == SLOT:
+            orders = [[8 * half + n + SLOT * d for n in range(8) for d in range(2)]
+                      for half in range(2)]  # fmt: skip
+            return [T.Bind(weighed(by_unsigned(shuffled([a, b], order)))) for order in orders]
+        lanes = [
+            shuffled([a, b], [start + SLOT * lane + n for start in (0, self.width)
+                              for n in range(SLOT)])
+            for lane in range(self.width // SLOT)
+        ]  # fmt: skip
+        both = T.Bind(sum(lanes[1:], lanes[0]))
+        order = [n + SLOT * digit for n in range(SLOT) for digit in range(2)]
+        return [T.Bind(weighed(by_unsigned(shuffled([both], order))))]
+
+    def whole_pattern(self, sums: Any) -> Any:
+        """Add the patterns of several quads in a vector of 64 bytes."""
+        if self.width <= 2 * SLOT:
+            return sums
+        halves = [shuffled([sums], range(start, start + 32)) for start in (0, 32)]
+        return T.Bind(halves[0] + halves[1])
 
 
-def joined(both: list[Any], planes: int) -> list[Any]:
-    """Return 32 high + low as int16[16] for each of `planes`, from digits int8[planes * 16]."""
-    size = planes * SLOT
-    weights = T.reinterpret(f"uint8x{size}", splat(T.int16((1 << RADIX_BITS) << 8 | 1), size // 2))
-    halves = []
-    for start in (0, SLOT // 2):  # as the instructions interleave, within slots
-        order = [
-            plane * SLOT + start + n + digit * size
-            for plane in range(planes)
-            for n in range(SLOT // 2)
-            for digit in range(2)
-        ]
-        pairs = T.Shuffle(both, [T.int32(n) for n in order])
-        halves.append(T.Bind(pure(f"int16x{size // 2}", MULTIPLY_BYTES[size], weights, pairs)))
-    eight = range(SLOT // 2)
-    return [
-        T.Shuffle(
-            halves,
-            [T.int32(half * size // 2 + plane * 8 + n) for half in range(2) for n in eight],
-        )
-        for plane in range(planes)
-    ]
+def weighed(operands: tuple[Any, Any]) -> Any:
+    """Multiply unsigned by signed bytes and add neighbours: int16."""
+    size = lanes_of(operands[0])
+    return pure(f"int16x{size // 2}", MULTIPLY_BYTES[size], *operands)
 
 
-def slot(number: int) -> range:
-    """Return the bytes of a slot."""
-    return range(number * SLOT, (number + 1) * SLOT)
+def by_unsigned(pairs: Any) -> tuple[Any, Any]:
+    """Weigh signed bytes by 1 and 32, in turns."""
+    size = lanes_of(pairs)
+    weights = splat(T.int16(RADIX << 8 | 1), size // 2)
+    return T.reinterpret(f"uint8x{size}", weights), pairs
 
 
-def shuffled(vector: Any, order: Sequence[int]) -> Any:
-    """Return some lanes of a vector."""
-    return T.Shuffle([vector], [T.int32(n) for n in order])
+def unsigned_by(pairs: Any, first: int, second: int) -> tuple[Any, Any]:
+    """Weigh bytes, as unsigned, by two small numbers in turns."""
+    size = lanes_of(pairs)
+    weights = splat(T.int16(second << 8 | first & 255), size // 2)
+    return T.reinterpret(f"uint8x{size}", pairs), T.reinterpret(f"int8x{size}", weights)
 
 
-def part(vector: Any, first: int, lanes: int) -> Any:
-    """Return `lanes` lanes of int16[16]."""
-    return vector if lanes == BLOCK else shuffled(vector, range(first, first + lanes))
-
-
-# ---------------------------------------------------------------- several rows
-
-
-def decoded_panel(reader: PlaneReader) -> Any:
-    """Emit the decoding of a block; return the panel float32[inner, 16]."""
-    stream, lanes = reader.stream, reader.lanes
-    panel = new_panel(stream.inner)
-    with T.serial(T.int64(0), T.int64(stream.inner // STEP)) as step:
-        steps = T.int64(stream.group // STEP)
-        head = T.Bind(T.floordiv(step, steps) * stream.group_bytes)
-        inside = T.floormod(step, steps) * stream.step_bytes
-        codes = T.Bind(head + stream.head_bytes + inside)
-        for first in range(0, BLOCK, lanes):
-            factors = [reader.halves(head, plane, first) for plane in range(stream.planes)]
-            base = panel_base(reader, head, factors, first)
-            for number in range(QUADS // 2):
-                patterns = slots_of(reader, codes, number, first)
-                for bit in range(8):
-                    value = base
-                    for factor, digit in zip(factors, panel_digits(stream, patterns, bit, lanes),
-                                             strict=True):  # fmt: skip
-                        value = value + factor * T.Cast(typed("float32", lanes), digit)
-                    column = 4 * number + bit % 4 + bit // 4 * (STEP // 2)
-                    at = span((step * STEP + column) * BLOCK + first, lanes)
-                    T.buffer_store(panel, value, [at])
-    return panel
-
-
-def panel_base(reader: PlaneReader, head: Any, factors: list[Any], first: int) -> Any:
-    """Return what the weights of a group have beside factor * digit."""
-    base = splat(T.float32(0), reader.lanes)
-    if reader.stream.offset:
-        base = reader.halves(head, reader.stream.planes, first)
-    if reader.stream.signs:
-        base = base - sum(factors[1:], factors[0])
-    return T.Bind(base)
-
-
-def slots_of(reader: PlaneReader, codes: Any, number: int, first: int) -> list[Any]:
-    """Load slot `number` of every bit plane as int32, for `lanes` outputs."""
+def widened(integers: list[Any], lanes: int) -> list[Any]:
+    """Return int16[16] in the order of the layout as int32, in the order of the outputs."""
     found = []
-    for bundle in reader.stream.bundles:
-        for plane in range(len(bundle)):
-            at = 64 * bundle.start + SLOT * (number * len(bundle) + plane) + first
-            stored = reader.bytes_at(codes + at, reader.lanes)
-            found.append(T.Bind(T.Cast(typed("int32", reader.lanes), stored)))
-    return found
-
-
-def panel_digits(stream: PlaneStream, patterns: list[Any], bit: int, lanes: int) -> list[Any]:
-    """Return the factors of the coefficients, from the patterns of all bit planes."""
-    bits = [
-        T.bitwise_and(T.shift_right(each, splat(T.int32(bit), lanes)), splat(T.int32(1), lanes))
-        for each in patterns
-    ]
-    if stream.signs:
-        return [each + each for each in bits]
-    if stream.trits:
-        return [up - down for up, down in zip(bits[::2], bits[1::2], strict=True)]
-    return bits
+    for weights in (1, 1 << 16):  # the even ones are outputs 0 to 7
+        for value in integers:
+            count = lanes_of(value)
+            ones = T.reinterpret(f"int16x{count}", splat(T.int32(weights), count // 2))
+            found.append(T.Bind(pure(f"int32x{count // 2}", ADD_PAIRS[2 * count], value, ones)))
+    return [shuffled(found, range(lanes))] if lanes == BLOCK else found

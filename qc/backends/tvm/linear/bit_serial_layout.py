@@ -2,18 +2,20 @@
 
 Outputs go in blocks of 16, each block one contiguous stream of its groups:
 
-    group    16 float16 coefficients for each plane of the format, 16 offsets where it has them,
-             then one step for every 32 inputs
-    step     bundles of one or two bit planes
-    bundle   64 bytes for each bit plane, in slots of 16 bytes: four slots of a single plane, or
-             four pairs of slots, the first plane in front
-    slot     byte n is of output n of the block; slot (or pair) b has the pattern of inputs 4 b to
-             4 b + 3 in the low four bits and that of the 16 inputs later in the high ones; the
-             first input is the lowest bit
+    group     16 float16 coefficients for each plane of the format, 16 offsets where it has them,
+              then one step for every 32 inputs
+    step      bundles of two bit planes, at the end one alone where their number is odd
+    bundle    four patterns: in pattern b, byte n has four bits for inputs 4 b to 4 b + 3 of a bit
+              plane and an output, and above them four bits for the inputs 16 later; the first input
+              is the lowest bit
+    pattern   16 bytes for each of the bit planes. Those of two lie side by side, so that one table
+              serves both: first 8 outputs of one and of the other, then the rest of them. The two
+              bit planes of trits, where a weight is 1 and where it is -1, alternate byte by byte.
+              Outputs come in the order 0, 8, 1, 9, 2, 10, 3, 11, then 4, 12, ...: as pairs of
+              16-bit sums are widened
 
-A plane of trits is two bit planes, where it is 1 and where it is -1, side by side: 2 bits a trit.
-Five trits a byte would save a fifth of the memory, but taking them apart costs more than the
-products: about 8 instructions for 32 trits, against 3 for their lookups.
+Trits take 2 bits here. Five a byte would save a fifth of the memory; but taking 32 apart in vectors
+is about 6 instructions, as many as all others together, and only the memory can pay for them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ from qc.ir.weights.ternary import TernaryFormat, trits_of_bytes
 from qc.ir.weights.weight import TermFormat
 
 SLOT = BLOCK
-"""Bytes of a slot, and entries of a table of all patterns."""
+"""Bytes of a lane of a vector, each with a table of its own, and entries of a table."""
+
+PLANE_BYTES = STEP * BLOCK // 8
+"""Bytes of a bit plane in a step."""
+
+ORDER = tuple(4 * half + n // 2 + n % 2 * 8 for half in range(2) for n in range(8))
+"""Outputs of a block in the order of their bytes."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class PlaneStream:
 
     @property
     def step_bytes(self) -> int:
-        return STEP * BLOCK // 8 * self.bit_planes
+        return PLANE_BYTES * self.bit_planes
 
     @property
     def head_bytes(self) -> int:
@@ -102,6 +110,15 @@ class PlaneStream:
     def block_bytes(self) -> int:
         """Bytes of the stream of one block."""
         return self.groups * self.head_bytes + self.inner // STEP * self.step_bytes
+
+    def bytes_of(self, bundle: range) -> list[tuple[int, int]]:
+        """Return the bit plane, within its bundle, and the output of each byte of a pattern."""
+        if len(bundle) == 1:
+            return [(0, output) for output in ORDER]
+        halves = ORDER[:8], ORDER[8:]
+        if self.trits:
+            return [(plane, output) for half in halves for output in half for plane in range(2)]
+        return [(plane, output) for half in halves for plane in range(2) for output in half]
 
     def repack(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Return the stream u8[blocks, block_bytes] of the arrays of a term in this format."""
@@ -156,9 +173,12 @@ class PlaneStream:
         for number in range(1, 4):
             patterns = patterns | (quads[..., number] << number)
         both = patterns[..., : QUADS // 2] | (patterns[..., QUADS // 2 :] << 4)
-        slots = both.permute(1, 3, 4, 0, 2)  # [blocks, steps, slots, planes, 16]
-        bundles = [slots[:, :, :, list(bundle)].flatten(2) for bundle in self.bundles]
-        return torch.cat(bundles, -1)
+        slots = both.permute(1, 3, 4, 0, 2)  # [blocks, steps, patterns, planes, 16]
+        parts = []
+        for bundle in self.bundles:
+            order = [BLOCK * plane + output for plane, output in self.bytes_of(bundle)]
+            parts.append(slots[:, :, :, list(bundle)].flatten(3)[..., order].flatten(2))
+        return torch.cat(parts, -1)
 
 
 def plane_stream_of(format: TermFormat, outer: int, inner: int) -> PlaneStream | None:

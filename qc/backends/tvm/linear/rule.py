@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qc.backends.tvm.kernel import Kernel, Region
+from qc.backends.tvm.linear.bit_serial import bit_serial_term
 from qc.backends.tvm.linear.decoded import decoded_term
 from qc.backends.tvm.linear.dense import dense_term
 from qc.backends.tvm.linear.entries import entries_term
@@ -38,6 +39,7 @@ FAST_RULES: tuple[TermRule, ...] = (
     entries_term,
     lambda place: chain_term(place, term_kernel),
     lambda place: selected_term(place, term_kernel),
+    bit_serial_term,
     decoded_term,
 )
 """From the most special; without any of them everything still works, slower."""
