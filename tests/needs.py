@@ -1,6 +1,8 @@
 """What a test may need: `@needs("avx512")` skips it, saying why, on a machine without."""
 
+import ctypes
 import functools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ import pytest
 from real_model import MODEL
 
 AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}  # those the VNNI kernels use
+AMX_FLAGS = {"amx_tile", "amx_int8"}
+REQUEST_TILES = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 QEMU = ("qemu-aarch64", "qemu-aarch64-static")
 
 
@@ -40,9 +44,21 @@ def _cuda() -> str | None:
 
 
 def _avx512() -> str | None:
+    return _missing(AVX512_FLAGS)
+
+
+def _missing(flags: set[str]) -> str | None:
     cpuinfo = Path("/proc/cpuinfo")
-    missing = AVX512_FLAGS.difference(cpuinfo.read_text().split() if cpuinfo.is_file() else ())
+    missing = flags.difference(cpuinfo.read_text().split() if cpuinfo.is_file() else ())
     return f"the processor shows no {', '.join(sorted(missing))}" if missing else None
+
+
+def _amx() -> str | None:
+    """Ask Linux for tiles, too: tests that call kernels through TVM have no qc runtime to do it."""
+    missing = _missing(AMX_FLAGS)
+    if missing is None and ctypes.CDLL(None, use_errno=True).syscall(*REQUEST_TILES):
+        return f"the system refuses AMX tiles: {os.strerror(ctypes.get_errno())}"
+    return missing
 
 
 def _qemu() -> str | None:
@@ -53,5 +69,6 @@ LACKS: dict[str, Callable[[], str | None]] = {
     "model": _model,
     "cuda": _cuda,
     "avx512": _avx512,
+    "amx": _amx,
     "qemu": _qemu,
 }

@@ -102,6 +102,8 @@ def native_program(folder: Path, manifest: Manifest) -> Program:
     library = (
         Library.open(folder / LIBRARY, manifest.files[LIBRARY].sha256) if has_kernels else None
     )
+    if library is not None and "amx_tile" in manifest.target.features:
+        library.request_tiles()
     weights = SafetensorsFile(folder / WEIGHTS) if WEIGHTS in manifest.files else {}
     return Program(manifest, weights, library)
 

@@ -68,6 +68,21 @@ class Library:
         raw: bytes = self._last_error()
         return raw.decode(errors="replace") or "the kernel gave no reason"
 
+    def request_tiles(self) -> None:
+        """Ask the system for AMX tiles: to be done once, before kernels run that use them.
+
+        ArtifactError where it refuses.
+        """
+        try:
+            refused = int(self._handle.qc_request_tiles())
+        except AttributeError:
+            raise ArtifactError(f"{self.path.name} cannot ask the system for AMX tiles") from None
+        if refused:
+            raise ArtifactError(
+                f"the system refuses AMX tiles to this process ({os.strerror(refused)}; Linux has "
+                "them from 5.16 on): compile the model for cpu:avx512-vnni"
+            )
+
     def set_threads(self, count: int | None) -> int:
         """Use `count` threads, or one for each CPU of this process; return how many that is."""
         if count is not None and count < 1:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,3 +261,18 @@ def test_kernels_made_by_tvm_run(tmp_path: Path) -> None:
         artifact.set_threads(threads)
         np.testing.assert_array_equal(artifact(x), 2 * x[:, ::-1] + 7)
     artifact.set_threads()
+
+
+def test_a_system_that_refuses_tiles_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.so"
+    shutil.copy(toy.library(), path)
+    library = Library.open(path, file_entry(path).sha256)
+    assert library._handle.qc_request_tiles() in (0, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+    answers = iter((0, errno.EPERM))
+    answering = SimpleNamespace(qc_request_tiles=lambda: next(answers))
+    monkeypatch.setattr(library, "_handle", answering)
+    library.request_tiles()
+    with pytest.raises(ArtifactError, match=r"refuses AMX tiles .*not permitted.*avx512-vnni"):
+        library.request_tiles()

@@ -454,3 +454,13 @@ QC_EXPORT int qc_set_threads(int count) {
   pthread_mutex_unlock(&pool->run_lock);
   return threads;
 }
+
+QC_EXPORT int qc_request_tiles(void) {
+#if defined(__x86_64__) && defined(SYS_arch_prctl)
+  /* Linux 5.16 and newer, Documentation/arch/x86/xstate.rst; older headers lack the names. */
+  enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) ? errno : 0;
+#else
+  return ENOSYS;
+#endif
+}

@@ -78,6 +78,10 @@ const char *qc_last_error(void);
  * CPU that this process may run on. Return the number that will be used. */
 int qc_set_threads(int count);
 
+/* Ask the system for AMX tiles, which Linux gives to a process and its threads only on request. To be
+ * called before the first run of kernels that use them. Return 0, or the errno of a refusal. */
+int qc_request_tiles(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -116,6 +116,15 @@ class Tile:
         """Bytes of a vector."""
         return 4 * self.reader.lanes
 
+    @property
+    def has_offsets(self) -> bool:
+        """Say whether weights are more than integers times scales."""
+        return True
+
+    def group_of(self, first_input: Any) -> Any:
+        """Return the number of the group of activations that an input is in."""
+        return T.floordiv(first_input, T.int64(self.activation_group))
+
     def emit_unit(self, unit: Any, sums: list[Any], vectors: Sequence[int]) -> None:
         """Add the products of one unit of inputs to the accumulators of all rows.
 
@@ -129,19 +138,25 @@ class Tile:
         first_input = T.Bind(unit * self.unit)
         if self.height == 1:
             self.emit_prefetch(codes)
-        group = T.floordiv(first_input, T.int64(self.activation_group))
+        group = self.group_of(first_input)
         rows = range(self.height)
-        scales = [T.Bind(self.inputs.scale[self.row + r, group]) for r in rows]
-        totals = [self.total(r, unit, first_input, scales[r]) for r in rows]
+        scales = [self.read(self.inputs.scale, r, group) for r in rows]
+        totals = [self.total(r, unit, first_input, scales[r]) for r in rows if self.has_offsets]
         for first in vectors:
             integers = self.emit_integers(codes, first_input, first)
             scale = self.reader.scale(head, first)
-            minimum = self.reader.minimum(head, first, scale)
+            minimum = self.reader.minimum(head, first, scale) if self.has_offsets else None
             at = span(first, lanes)
             for r in rows:
                 exact = T.Cast(f"float32x{lanes}", integers[r]) * splat(scales[r], lanes)
-                value = sums[r][at] + scale * exact + minimum * splat(totals[r], lanes)
+                value = sums[r][at] + scale * exact
+                if minimum is not None:
+                    value = value + minimum * splat(totals[r], lanes)
                 T.buffer_store(sums[r], value, [at])
+
+    def read(self, buffer: Any, r: int, number: Any) -> Any:
+        """Load what belongs to a row and to a group."""
+        return T.Bind(buffer[self.row + r, number])
 
     def emit_prefetch(self, codes: Any) -> None:
         """Ask for the part of the stream that is read some units later."""
@@ -153,7 +168,7 @@ class Tile:
     def total(self, r: int, unit: Any, first_input: Any, scale: Any) -> Any:
         """Return x_scale times the sum of the codes of one unit of a row of x."""
         if self.unit == self.activation_group:
-            return T.Bind(self.inputs.total[self.row + r, unit])
+            return self.read(self.inputs.total, r, unit)
         width = min(self.width, STEP)
         partial = accumulator(width // 4, "int32", width // 4)
         with T.serial(T.int64(0), T.int64(self.unit // width)) as step:

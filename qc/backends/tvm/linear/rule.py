@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from qc.backends.tvm.kernel import Kernel, Region
+from qc.backends.tvm.linear.amx import TALL, AmxStream, amx_term
 from qc.backends.tvm.linear.bit_serial import bit_serial_term
 from qc.backends.tvm.linear.decoded import decoded_term
 from qc.backends.tvm.linear.dense import dense_term
 from qc.backends.tvm.linear.entries import entries_term
 from qc.backends.tvm.linear.inputs import Inputs
-from qc.backends.tvm.linear.int8_dot import INT8_TILES, int8_term
+from qc.backends.tvm.linear.int8_dot import INT8_TILES, Int8Stream, int8_term
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.matching import LinearRegion, match_linear
 from qc.backends.tvm.linear.panels import FLOAT_TILES
@@ -33,6 +35,7 @@ from qc.ir.node import Node
 from qc.ir.weights.weight import WeightFormat
 
 FAST_RULES: tuple[TermRule, ...] = (
+    amx_term,
     int8_term,
     dense_term,
     float_stream_term,
@@ -87,10 +90,12 @@ class LinearKernels:
         target = self.linear.region.target
         lanes = float_lanes(target)
 
-        def begin(many: bool) -> Any:
+        @contextmanager
+        def begin(height: int) -> Iterator[Callable[[Any, int], None]]:
+            terms = {node: [k.at_height(height) for k in ks] for node, ks in self.terms.items()}
             products = {
-                node: [kernel.block(signature, inputs, block, many) for kernel in kernels]
-                for node, kernels in self.terms.items()
+                node: [kernel.block(signature, inputs, block, height > 1) for kernel in kernels]
+                for node, kernels in terms.items()
             }
 
             def emit(row: Any, height: int) -> None:
@@ -100,15 +105,25 @@ class LinearKernels:
                         add(row, height, sums[node])
                 store_tile(signature, sums, row, block, lanes)
 
-            return emit
+            yield emit
+            for kernels in terms.values():
+                for kernel in kernels:
+                    kernel.finish()
 
-        for_each_tile(signature, self.tile_height(), begin)
+        for_each_tile(signature, self.tile_heights(), begin)
+
+    def tile_heights(self) -> tuple[int, ...]:
+        """Return the rows of tiles, ascending: the usual ones, and those of AMX."""
+        kernels = [kernel for kernels in self.terms.values() for kernel in kernels]
+        tall = any(isinstance(kernel, AmxStream) for kernel in kernels)
+        return (self.tile_height(), TALL) if tall else (self.tile_height(),)
 
     def tile_height(self) -> int:
         """Return the rows of a tile: as many as the most demanding term keeps in registers."""
         size = self.linear.region.target.vector_bytes
         kernels = [kernel for kernels in self.terms.values() for kernel in kernels]
-        return min(INT8_TILES[size] if k.rule == "int8_dot" else FLOAT_TILES[size] for k in kernels)
+        tiles = [INT8_TILES if isinstance(k, Int8Stream) else FLOAT_TILES for k in kernels]
+        return min(heights[size] for heights in tiles)
 
 
 def choose_kernels(linear: LinearRegion) -> LinearKernels:

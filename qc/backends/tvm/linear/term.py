@@ -98,12 +98,20 @@ class TermKernel(ABC):
         """Emit what happens once a call, before the blocks."""
         return None
 
+    def at_height(self, height: int) -> TermKernel:
+        """Return what multiplies tiles of `height` rows: perhaps another kernel on these arrays."""
+        return self
+
     @abstractmethod
     def block(self, signature: Signature, inputs: Inputs, block: Any, many: bool) -> Products:
         """Emit what happens once a block of outputs; return how products are added.
 
         `many`: tiles of rows follow, so that decoding the block first pays.
         """
+
+    def finish(self) -> None:
+        """Emit what happens after the last tile of a block."""
+        return None
 
     @property
     @abstractmethod
