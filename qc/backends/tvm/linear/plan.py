@@ -44,6 +44,9 @@ PADDING = 16
 CODE_WORK = 3.0
 """Instructions, more than one, to spread the bits of a word over lanes."""
 
+SCALAR_WORK = 3.0
+"""Instructions to read a value that all lanes share: load, widen, repeat."""
+
 GATHER_WORK = 12.0
 """Instructions of a gather, for each lane, against one of arithmetic: measured on Zen 3."""
 
@@ -202,12 +205,12 @@ class VectorPlan:
         return factored(self.columns(STEP * self.width, self.width, 0))
 
     @property
-    def operations(self) -> set[Expr]:
-        """What a step computes in vectors, each once."""
+    def nodes(self) -> set[Expr]:
+        """What every step computes, each once; what is the same in all steps is done before."""
         values = {v for part in self.parts for v in part.values or ()}
         factors = {part.factor for part in self.parts if part.factor is not None}
         nodes = {each for value in values | factors for each in walk(value)}
-        return {each for each in nodes if varies(each) and not is_index(each)}
+        return {each for each in nodes if STEP in walk(each) and not is_index(each)}
 
     def is_gather(self, read: Load) -> bool:
         """Say whether a load takes one instruction a lane."""
@@ -230,10 +233,14 @@ class VectorPlan:
         """Instructions on vectors for each vector of weights."""
         columns = self.width if self.along_outputs else self.width // self.lanes
         products = sum(len(part.values) for part in self.parts if part.values is not None)
-        gathers = [e for e in self.operations if isinstance(e, Load) and self.is_gather(e)]
-        codes = [each for each in self.operations if isinstance(each, Code)]
+        vectors = {each for each in self.nodes if varies(each)}
+        scalars = [e for e in self.nodes - vectors if isinstance(e, Load | Code)]
+        gathers = [e for e in vectors if isinstance(e, Load) and self.is_gather(e)]
+        codes = [each for each in vectors if isinstance(each, Code)]
         more = GATHER_WORK * len(gathers) * self.lanes / 8 + CODE_WORK * len(codes)
-        return (len(self.operations) + products + len(self.parts) + more) / columns
+        shared = BLOCK // self.lanes if self.along_outputs else 1
+        more += SCALAR_WORK * len(scalars) / shared
+        return (len(vectors) + products + len(self.parts) + more) / columns
 
 
 def plan_vectors(

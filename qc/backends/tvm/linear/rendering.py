@@ -198,21 +198,16 @@ class VectorRendering:
         return self.gathered(array, expr)
 
     def gathered(self, array: StoredArray, expr: Load) -> Any:
-        """Read one element for each lane; indices stay inside the array."""
-        columns: list[list[Any]] = []
-        for index, size in zip(expr.index, array.shape, strict=True):
-            at = [
-                T.max(T.min(each, T.int64(size - 1)), T.int64(0)) for each in self.each_lane(index)
-            ]
-            columns.append(at)
-        values = [
-            T.Bind(widened(array, array.buffer[list(at)], self.target))
-            for at in zip(*columns, strict=True)
+        """Read one element for each lane; indices that are read stay inside the array."""
+        columns = [
+            self.each_lane(index, size) for index, size in zip(expr.index, array.shape, strict=True)
         ]
-        return tirx.Shuffle(values, [T.int32(i) for i in range(self.lanes)])
+        single = [array.buffer[list(at)] for at in zip(*columns, strict=True)]
+        together = tirx.Shuffle(single, [T.int32(i) for i in range(self.lanes)])
+        return widened(array, together, self.target)
 
-    def each_lane(self, expr: Expr) -> list[Any]:
-        """Return an index for each lane, int64 scalars."""
+    def each_lane(self, expr: Expr, size: int | None = None) -> list[Any]:
+        """Return an index for each lane, int64 scalars; what is read is kept below `size`."""
         if not varies(expr):
             return [self.scalar_index(expr)] * self.lanes
         if not reads_data(expr):
@@ -220,7 +215,11 @@ class VectorRendering:
                 self.scalar_index(substitute_indices(expr, {LANE: Const(lane)}))
                 for lane in range(self.lanes)
             ]
-        vector = T.Bind(self.value(expr))
+        vector = self.vector(expr)
+        if size is not None:
+            last, first = (splat(T.int32(n), self.lanes) for n in (size - 1, 0))
+            vector = T.max(T.min(vector, last), first)
+        vector = T.Bind(vector)
         return [
             T.Cast("int64", tirx.Shuffle([vector], [T.int32(lane)])) for lane in range(self.lanes)
         ]
@@ -248,7 +247,7 @@ class VectorRendering:
         while len(found) > 1:
             mask = T.Bind(T.shift_left(code, splat(T.int32(31 - bit), lanes)))
             pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
-            found = [T.Bind(blend(mask, *p, lanes)) if len(p) == 2 else p[0] for p in pairs]
+            found = [T.Bind(blend(mask, p, lanes)) if len(p) == 2 else p[0] for p in pairs]
             bit += 1
         return found[0]
 
@@ -360,8 +359,9 @@ def permute(table: Any, code: Any, lanes: int) -> Any:
     return pure("float32x16", "llvm.x86.avx512.permvar.sf.512", table, code)
 
 
-def blend(mask: Any, low: Any, high: Any, lanes: int) -> Any:
-    """Return `high` in the lanes where the sign of `mask` is set, `low` in the others."""
+def blend(mask: Any, pair: list[Any], lanes: int) -> Any:
+    """Return the second of a pair in the lanes where the sign of `mask` is set, else the first."""
+    low, high = pair
     if lanes == 8:
         signs = T.reinterpret("float32x8", mask)
         return pure("float32x8", "llvm.x86.avx.blendv.ps.256", low, high, signs)
