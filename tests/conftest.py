@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.config.getoption("--without-fast-rules") and item.get_closest_marker("fast_rules"):
-        pytest.skip("says what a fast rule does, and --without-fast-rules takes them away")
+        pytest.skip("needs the fast kernel rules, which --without-fast-rules takes away")
     for mark in item.iter_markers("needs"):
         for fact in mark.args:
             reason = find_lack(fact)

@@ -351,6 +351,7 @@ def test_a_built_artifact_survives_its_temporary_folder(small: nn.Module, tmp_pa
     assert torch.equal(qc.load(tmp_path / "kept")(x), expected)
 
 
+@pytest.mark.fast_rules  # the other process has them
 def test_compiling_again_gives_the_same_bytes(
     llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
