@@ -15,6 +15,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from qc.ir.fused import fuse
 from qc.ir.node import make
 from qc.ir.quantized import quantize_activation, split_groups
 from qc.ir.target import Target, host_cpu
+from qc.ir.threads import side_by_side
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Weight
@@ -38,13 +41,12 @@ from qc.passes.quantize.round_to_nearest import round_to_nearest
 BASELINES = ("dense f16", "int4·g128·min")
 FORMATS = (
     *BASELINES, "int2·g128·min", "int3·g128·min", "int5·g128·min", "int6·g128·min", "int8·row",
-    "int4·g128", "int4·o128·min", "int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)",
+    "int4·o128·min", "int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)",
     "int3·g16·min·scale(int3·o16·min)·minimum(int3·o16·min)",
-    "fp4", "nf4·g64", "mxfp4", "nvfp4", "fp6", "fp8", "e5m2·row",
-    "lookup3·row", "lookup4·row", "lookup4·tensor",
-    "codebook1x8·d8", "codebook2x8·d8", "planes1·g128", "planes2·g128", "planes3·g128",
-    "planes4·g128", "signs2·g128", "trits2·g128", "ternary·g128", "ternary2bit·g128",
-    "kept50%·g16(int4·row)", "columns20%(int4·row·zero)", "sparse5%", "rank64",
+    "fp4", "nf4·g64", "mxfp4", "nvfp4", "fp6", "fp8", "lookup4·row", "lookup4·tensor",
+    "codebook2x8·d8", "codebook1x8·d2", "planes1·g128", "planes2·g128", "planes3·g128",
+    "signs2·g128", "trits2·g128", "ternary·g128", "ternary2bit·g128", "bitstack2·rank4",
+    "kept50%·g16(int4·row)", "columns20%(int4·row·zero)", "sparse5%", "rank64", "train2·bond16",
     "int4·g128·min + rank16 + sparse0.5%", "int3·g128·min + rank16 + sparse0.5%",
 )  # fmt: skip
 
@@ -71,13 +73,17 @@ class Contestant:
         self.seconds.append((time.perf_counter() - start) / count)
 
 
+def random_weight(text: str, size: int) -> Weight:
+    """Store a random matrix."""
+    values = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    return Weight(text, (size, size), round_to_nearest(values, parse_weights(text)))
+
+
 def contestant(
-    text: str, size: int, activation: ActivationFormat | None, target: Target, megabytes: int
+    weight: Weight, activation: ActivationFormat | None, target: Target, megabytes: int
 ) -> Contestant:
-    """Store a random matrix, compile its product, copy what it reads."""
-    torch.manual_seed(0)
-    format = parse_weights(text)
-    weight = Weight("w", (size, size), round_to_nearest(torch.randn(size, size), format))
+    """Compile the product with a matrix, copy what it reads."""
+    size = weight.shape[1]
     x = make(ops.Input("x", TensorType((symbol("rows"), size), torch.float32, activation)))
     root = make(ops.Linear(), x, make(ops.Parameter(weight)))
     node = fuse("linear", root, frozenset({root}))
@@ -85,16 +91,15 @@ def contestant(
     assert kernel is not None
     function = kernel.function.with_attr("global_symbol", "kernel")
     module = tvm.compile(tvm.IRModule({"kernel": function}), target=llvm_target(target))
-    stored = {
-        place: repack(weight).contiguous() for place, repack in kernel.repack.items()
-    }
+    stored = {place: repack(weight).contiguous() for place, repack in kernel.repack.items()}
     bytes = sum(array.nbytes for array in stored.values())
     values = activations(size, activation)
     calls = [
         arguments(kernel, values, {place: a.clone() for place, a in stored.items()}, size)
         for _ in range(max(2, -(-megabytes * 1_000_000 // bytes)))
     ]
-    return Contestant(text, kernel.rule, bytes, weight.bits_per_element, module["kernel"], calls)
+    bits = weight.bits_per_element
+    return Contestant(weight.name, kernel.rule, bytes, bits, module["kernel"], calls)
 
 
 def activations(size: int, format: ActivationFormat | None) -> dict[str, torch.Tensor]:
@@ -172,9 +177,10 @@ def main() -> None:
     target = host_cpu()
     activation = ActivationFormat(8, 32) if options.activation == "int8" else None
     names = [*BASELINES, *(f for f in options.formats or FORMATS if f not in BASELINES)]
+    stored = side_by_side(partial(random_weight, size=options.size), names)
     found = [
-        contestant(name, options.size, activation, target, options.megabytes)
-        for name in track(names, "store and compile")
+        contestant(weight, activation, target, options.megabytes)
+        for _, weight in track(stored, "store and compile", len(names))
     ]
     for one in found:
         one.sample(len(one.calls))
@@ -185,14 +191,18 @@ def main() -> None:
     bytes_per_second = bandwidth(target, 400)
     print(table(found, options.size, bytes_per_second))
     if options.json:
-        rows = [
-            {"format": c.name, "rule": c.rule, "bytes": c.bytes, "bits": c.stored_bits,
-             "seconds": c.seconds} for c in found
-        ]  # fmt: skip
-        content = {"machine": str(target), "threads": options.threads, "size": options.size,
-                   "activation": options.activation, "bandwidth": bytes_per_second, "rows": rows}  # fmt: skip
-        with open(options.json, "w") as file:
-            json.dump(content, file, indent=1)
+        content = {
+            "machine": str(target),
+            "threads": options.threads,
+            "size": options.size,
+            "activation": options.activation,
+            "bandwidth": bytes_per_second,
+            "rows": [
+                {"format": c.name, "rule": c.rule, "bytes": c.bytes, "seconds": c.seconds}
+                for c in found
+            ],
+        }
+        Path(options.json).write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":
