@@ -8,7 +8,8 @@ DATA := build/data/installed
 MODEL := build/smollm2-135m-offgrid
 EVALUATION := build/text/evaluation.txt
 MULTIPLYING := tests/backends/tvm/linear tests/backends/tvm/test_lower.py tests/test_stages.py \
-  tests/test_compile.py tests/test_check.py tests/test_cli.py tests/test_evaluation.py tests/test_guides.py
+  tests/test_compile.py tests/test_check.py tests/test_cli.py tests/test_evaluation.py tests/test_guides.py \
+  tests/test_no_dead_checkpoints.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .PHONY: help demo test test-slow bench lint format environment model clean
