@@ -21,6 +21,7 @@ from qc.ir.weights.dense import DenseFormat
 
 CHAINS = 4  # independent sums of one row: hides the latency of multiply-add
 PREFETCH_BYTES = 2048
+UNROLLED = 64  # inputs up to which a row is multiplied without a loop
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +54,27 @@ class DenseKernel(TermKernel):
         def add(row: Any, height: int, sums: Any) -> None:
             if height > 1:
                 add_tile(inputs.values, self.place.inner, read, lanes, row, height, sums)
+            elif self.place.inner <= UNROLLED:
+                self.add_short_row(inputs, read, row, sums[0])
             else:
                 self.add_row(buffer, inputs, read, block, row, sums[0])
 
         return add
+
+    def add_short_row(self, inputs: Inputs, read: ReadWeight, row: Any, total: Any) -> None:
+        """Multiply one row of few inputs, such as the inner side of a low rank, without a loop."""
+        lanes = float_lanes(self.place.target)
+        values = [T.Bind(inputs.values[row, T.int64(at)]) for at in range(self.place.inner)]
+        for first in range(0, BLOCK, lanes):
+            where = span(first, lanes)
+            chains: list[Any] = [total[where]]
+            for at, value in enumerate(values):
+                product = read(T.int64(at), first) * splat(value, lanes)
+                if len(chains) < CHAINS:
+                    chains.append(product)
+                else:
+                    chains[at % CHAINS] = chains[at % CHAINS] + product
+            T.buffer_store(total, sum(chains[1:], chains[0]), [where])
 
     def add_row(
         self, buffer: Any, inputs: Inputs, read: ReadWeight, block: Any, row: Any, total: Any

@@ -17,7 +17,7 @@ from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering, widen
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.stored import declare_plain, plain_arrays
 from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel, held
-from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lanes
+from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lanes, typed
 from qc.ir.weights.expression import (
     ENTRY,
     LANE,
@@ -29,6 +29,14 @@ from qc.ir.weights.expression import (
     substitute_indices,
 )
 from qc.ir.weights.structure import Entries
+
+TOGETHER = 8  # entries whose places and values are widened by one instruction each
+
+
+def as_int32(places: Any, at: Any, lanes: int) -> Any:
+    """Load places as int32."""
+    loaded = places[span(at, lanes)]
+    return loaded if str(places.dtype) == "int32" else T.Cast(typed("int32", lanes), loaded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +113,29 @@ class OutliersKernel(TermKernel):
                 T.buffer_store(found, splat(T.float32(0), vector), [span(at, vector)])
             start = T.Bind(T.Cast("int64", starts[block]))
             stop = T.Bind(T.Cast("int64", starts[block + 1]))
-            with T.serial(T.int64(0), stop - start) as number:
-                place = T.Bind(T.Cast("int64", places[start + number]))
-                column = T.Bind(T.shift_right(place, T.int64(4)))
-                lane = T.Bind(T.bitwise_and(place, T.int64(BLOCK - 1)))
-                value = T.Bind(widened(values, values.buffer[start + number], self.place.target))
+
+            def add_entry(place: Any, value: Any) -> None:
+                column = T.Bind(T.Cast("int64", T.shift_right(place, T.int32(4))))
+                lane = T.Bind(T.Cast("int64", T.bitwise_and(place, T.int32(BLOCK - 1))))
                 for r in range(height):
                     total = found[lane + r * BLOCK] + value * inputs.values[row + r, column]
                     T.buffer_store(found, total, [lane + r * BLOCK])
+
+            whole = T.Bind(T.floordiv(stop - start, T.int64(TOGETHER)))
+            with T.serial(T.int64(0), whole) as number:
+                at = T.Bind(start + number * TOGETHER)
+                several = T.alloc_buffer((TOGETHER,), "int32", layout=None)
+                weights = T.alloc_buffer((TOGETHER,), "float32", layout=None)
+                here = span(0, TOGETHER)
+                T.buffer_store(several, as_int32(places, at, TOGETHER), [here])
+                stored = values.buffer[span(at, TOGETHER)]
+                T.buffer_store(weights, widened(values, stored, self.place.target), [here])
+                for each in range(TOGETHER):
+                    add_entry(T.Bind(several[each]), T.Bind(weights[each]))
+            with T.serial(start + whole * TOGETHER, stop) as entry:
+                stored = values.buffer[entry]
+                value = T.Bind(widened(values, stored, self.place.target))
+                add_entry(T.Bind(as_int32(places, entry, 1)), value)
             for r in range(height):
                 for first in range(0, BLOCK, vector):
                     at = span(first, vector)

@@ -39,7 +39,8 @@ WIDTHS = (32, 16, 8)
 
 BLOCK_INDEX = Index("block")
 PADDING = 16
-"""Bytes behind each row of packed codes: they are read in words of up to 8."""
+"""Bytes, in whole rows, behind the last row of packed codes: they are read in words of up to 8,
+and a word that reaches beyond its row finds the next one."""
 
 CODE_WORK = 3.0
 """Instructions, more than one, to spread the bits of a word over lanes."""
@@ -75,8 +76,10 @@ class ArrayLayout:
         """The shape in the kernel."""
         sizes = list(self.spec.shape)
         if self.row_axis is None:
-            if self.unit is not None:
+            if self.unit is not None and len(sizes) == 1:
                 sizes[-1] += PADDING
+            elif self.unit is not None:
+                sizes[-2] += -(-PADDING // max(1, sizes[-1]))
             return tuple(sizes)
         if self.unit is not None:
             sizes[-1] = -(-sizes[-1] * 8 // self.unit)
@@ -85,13 +88,13 @@ class ArrayLayout:
 
     def repack(self, array: Tensor) -> Tensor:
         """Lay a stored array out."""
-        if self.unit is not None:
-            more = PADDING if self.row_axis is None else -array.shape[-1] % (self.unit // 8)
-            array = torch.nn.functional.pad(array, (0, more))
-            if self.row_axis is not None:
-                array = array.contiguous().view(self.dtype)
         if self.row_axis is None:
-            return array
+            if array.ndim == 1:
+                return torch.nn.functional.pad(array, (0, self.shape[-1] - len(array)))
+            return torch.nn.functional.pad(array, (0, 0, 0, self.shape[-2] - array.shape[-2]))
+        if self.unit is not None:
+            more = -array.shape[-1] % (self.unit // 8)
+            array = torch.nn.functional.pad(array, (0, more)).contiguous().view(self.dtype)
         rows_last = array.movedim(self.row_axis, -1)
         padded = torch.nn.functional.pad(rows_last, (0, -rows_last.shape[-1] % BLOCK))
         blocks: Tensor = padded.unflatten(-1, (-1, BLOCK)).movedim(-2, 0)
