@@ -151,10 +151,11 @@ def compile_problem(problem: Problem, target: Target) -> Compiled:
     kernel = next(k for k in (rule(region) for rule in linear_rules) if k is not None)
     function = kernel.function.with_attr("global_symbol", "kernel")
     module = tvm.compile(tvm.IRModule({"kernel": function}), target=llvm_target(target))
-    packed = {
-        operand: repack(node.inputs[operand].op.weight)  # type: ignore[attr-defined]
-        for operand, repack in kernel.repack.items()
-    }
+    packed: dict[int, dict[str, Tensor]] = {}
+    for (operand, array), repack in kernel.repack.items():
+        parameter = node.inputs[operand].op
+        assert isinstance(parameter, ops.Parameter)
+        packed.setdefault(operand, {})[array] = repack(parameter.weight)
     return Compiled(problem, kernel, module["kernel"], packed)
 
 
