@@ -9,7 +9,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.layout import BLOCK, QUADS, Stream
+from qc.backends.tvm.linear.layout import BLOCK, Stream
 from qc.backends.tvm.linear.vectors import halves_to_float, span, splat, typed
 from qc.ir.target import Target
 
@@ -64,16 +64,14 @@ class StreamReader:
 
     def quads(self, offset: Any, first: int) -> list[list[Part]]:
         """Load the codes of `lanes` outputs of the step at `offset`: the parts of each quad."""
-        found: list[list[Part]] = [[] for _ in range(QUADS)]
-        for piece in self.stream.pieces:
-            places = 8 // piece.width
-            for number in range(piece.width):
-                start = offset + (piece.start + 4 * BLOCK * number + 4 * first)
-                chunk = T.Bind(self.bytes_at(start, 4 * self.lanes))
-                for place in range(places):
-                    part = Part(chunk, place * piece.width, piece.width, piece.shift)
-                    found[number * places + place].append(part)
-        return found
+        vectors = [
+            T.Bind(self.bytes_at(offset + (4 * BLOCK * number + 4 * first), 4 * self.lanes))
+            for number in range(self.stream.format.bits_per_code)
+        ]
+        return [
+            [Part(vectors[f.vector], f.low, f.width, f.shift) for f in fields]
+            for fields in self.stream.fields
+        ]
 
     def floats(self, offset: Any, first: int) -> Iterator[Any]:
         """Yield the codes of `lanes` outputs as float32, for each input of the step at `offset`."""

@@ -61,18 +61,22 @@ class Int8Stream(TermKernel):
         declare_stream(self.place, self.stream, signature)
 
     def block(self, signature: Signature, inputs: Inputs, block: Any, many: bool) -> Products:
+        from qc.backends.tvm.linear.int8_row import RowTile  # it is built on this file's Tile
+
         lanes = float_lanes(self.place.target)
         buffer = self.place.buffer(signature, "stream")
         reader = StreamReader(self.stream, buffer, block, self.place.target, lanes)
 
         def add(row: Any, height: int, sums: Any) -> None:
+            if height == 1:
+                RowTile(inputs, reader, row, 1).add(sums[0])
+                return
             tile = Tile(inputs, reader, row, height)
-            vectors = range(0, BLOCK, lanes)
             # A tile goes over the block once for each vector of outputs: together, LLVM keeps the
             # repeated activations of all rows for the second vector and spills them.
-            for together in [vectors] if height == 1 else [[first] for first in vectors]:
+            for first in range(0, BLOCK, lanes):
                 with T.serial(T.int64(0), T.int64(self.stream.inner // tile.unit)) as unit:
-                    tile.emit_unit(unit, sums, together)
+                    tile.emit_unit(unit, sums, [first])
 
         return add
 

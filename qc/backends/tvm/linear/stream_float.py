@@ -32,7 +32,7 @@ class FloatStream(TermKernel):
 
     @property
     def work(self) -> float:
-        return 2.0 + 2.0 * len(self.stream.pieces)
+        return 2.0 + 2.0 * max(map(len, self.stream.fields))
 
     def declare(self, signature: Signature) -> None:
         declare_stream(self.place, self.stream, signature)
