@@ -15,6 +15,7 @@ from qc.backends.tvm.linear.dense import dense_term
 from qc.backends.tvm.linear.entries import entries_term
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.int8_dot import INT8_TILES, Int8Stream, int8_term
+from qc.backends.tvm.linear.int8_panels import PANEL_TILES, PanelStream, panel_stream
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.matching import LinearRegion, match_linear
 from qc.backends.tvm.linear.panels import FLOAT_TILES
@@ -113,8 +114,10 @@ class LinearKernels:
         for_each_tile(signature, self.tile_heights(), begin)
 
     def tile_heights(self) -> tuple[int, ...]:
-        """Return the rows of tiles, ascending: the usual ones, and those of AMX."""
+        """Return the rows of tiles, ascending: the usual ones, and those of AMX or of panels."""
         kernels = [kernel for kernels in self.terms.values() for kernel in kernels]
+        if all(isinstance(kernel, PanelStream) for kernel in kernels):
+            return PANEL_TILES
         tall = any(isinstance(kernel, AmxStream) for kernel in kernels)
         return (self.tile_height(), TALL) if tall else (self.tile_height(),)
 
@@ -132,7 +135,15 @@ def choose_kernels(linear: LinearRegion) -> LinearKernels:
         node: [term_kernel(place) for place in places_of(linear, node, format)]
         for node, format in zip(linear.linears, linear.formats, strict=True)
     }
-    return LinearKernels(linear, terms)
+    return LinearKernels(linear, with_panels(terms))
+
+
+def with_panels(terms: dict[Node, list[TermKernel]]) -> dict[Node, list[TermKernel]]:
+    """Let a kernel that is nothing but products of bytes take tiles of many rows."""
+    panels = {node: [panel_stream(kernel) for kernel in terms[node]] for node in terms}
+    found = {node: [p for p in each if p is not None] for node, each in panels.items()}
+    fits = all(len(found[node]) == len(terms[node]) for node in terms)
+    return {node: list(each) for node, each in found.items()} if fits else terms
 
 
 def places_of(linear: LinearRegion, node: Node, format: WeightFormat) -> list[Place]:
