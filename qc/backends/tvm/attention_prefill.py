@@ -2,14 +2,17 @@
 
 Everything is transposed: lanes run over query rows (the query heads of one key head, for some
 consecutive positions), so that the maximum and the sum over keys need no work across lanes, and
-keys and values are read in place, one number broadcast at a time.
+keys and values are read one number at a time, broadcast: in place where they are float32, else from
+a copy of some of them, for widening a single number takes as long as four products of vectors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
@@ -18,8 +21,11 @@ from qc.backends.tvm.attention import LOWEST, Problem
 from qc.backends.tvm.attention_decode import capped
 from qc.backends.tvm.function import integer, pieces, run_on_all_threads, span, store
 from qc.backends.tvm.vector_math import bind, constant, convert, exp_of_nonpositive, spread
+from qc.ir.node import Node
 
 PrimExpr = Any
+ReadOne = Callable[[PrimExpr, PrimExpr], PrimExpr]
+"""(key, counted from the first of some, channel) -> a float32."""
 
 KEYS = 64
 """Keys between two corrections of the running maximum."""
@@ -46,6 +52,8 @@ class Block:
     sums: Any
     scales: Any
     positions: Any
+    wide: Any
+    """Keys, then values, of some positions as float32[KEYS, channels]."""
 
     @property
     def rows(self) -> int:
@@ -92,6 +100,7 @@ def allocate(problem: Problem, batch: PrimExpr, head: PrimExpr, first_query: Pri
         queries=scratch(problem.dim * rows), scores=scratch(KEYS * rows),
         values=scratch(problem.dim_v * rows), maxima=scratch(rows), sums=scratch(rows),
         scales=scratch(rows), positions=scratch(rows, "int32"),
+        wide=scratch(KEYS * max(problem.dim, problem.dim_v)),
     )  # fmt: skip
 
 
@@ -109,11 +118,11 @@ def emit_block(
     with T.serial(integer(0), tirx.max(count, integer(0))) as i:
         first = bind(low + i * integer(KEYS))
         length = bind(tirx.min(high - first, integer(KEYS)))
-        emit_scores(block, first, length)
+        emit_scores(block, widened(block, problem.k, first, length), length)
         hide(block, first, length, last)
         with T.serial(integer(0), integer(block.rows // problem.lanes)) as vector:
             emit_softmax(block, vector * integer(problem.lanes), length)
-        emit_values(block, first, length)
+        emit_values(block, widened(block, problem.v, first, length), length)
     finish_block(block, last)
 
 
@@ -141,26 +150,39 @@ def start_block(block: Block, last: PrimExpr) -> None:
         store(block.values, span(i * integer(problem.lanes), problem.lanes), zero)
 
 
+def widened(block: Block, node: Node, first: PrimExpr, length: PrimExpr) -> ReadOne:
+    """Return how to read `length` keys or values from position `first` on, as float32."""
+    problem = block.problem
+    if node.tensor.dtype == torch.float32:
+        return lambda j, channel: problem.row(node, block.batch, first + j, block.head)(channel, 1)
+    size = int(node.tensor.shape[3])
+    with T.serial(integer(0), length) as j:
+        read = problem.row(node, block.batch, first + j, block.head)
+        for offset, width in pieces(size, problem.lanes):
+            store(block.wide, span(j * integer(size) + integer(offset), width), read(offset, width))
+    return lambda j, channel: block.wide[j * integer(size) + channel]
+
+
 def vector_tiles(block: Block) -> list[list[int]]:
     """Group the vectors of a block's rows into tiles: offsets of their first rows."""
     offsets = list(range(0, block.rows, block.problem.lanes))
     return [offsets[i : i + TILE_VECTORS] for i in range(0, len(offsets), TILE_VECTORS)]
 
 
-def emit_scores(block: Block, first: PrimExpr, length: PrimExpr) -> None:
-    """scores[j, row] = key `first` + j times query row, four keys at a time."""
+def emit_scores(block: Block, keys: ReadOne, length: PrimExpr) -> None:
+    """scores[j, row] = key j times query row, four keys at a time."""
     tiles = tirx.truncdiv(length, integer(TILE_NUMBERS))
     with T.serial(integer(0), tiles) as tile:
         start = bind(tile * integer(TILE_NUMBERS))
         for offsets in vector_tiles(block):
-            emit_score_tile(block, first, start, TILE_NUMBERS, offsets)
+            emit_score_tile(block, keys, start, TILE_NUMBERS, offsets)
     with T.serial(tiles * integer(TILE_NUMBERS), length) as start:
         for offsets in vector_tiles(block):
-            emit_score_tile(block, first, start, 1, offsets)
+            emit_score_tile(block, keys, start, 1, offsets)
 
 
 def emit_score_tile(
-    block: Block, first: PrimExpr, start: PrimExpr, keys: int, offsets: list[int]
+    block: Block, read: ReadOne, start: PrimExpr, keys: int, offsets: list[int]
 ) -> None:
     """Multiply some keys with some vectors of query rows."""
     problem, lanes, rows = block.problem, block.problem.lanes, block.rows
@@ -173,14 +195,10 @@ def emit_score_tile(
     zero = spread(tirx.const(0.0, "float32"), lanes)
     for _, _, at in places:
         store(sums, at, zero)
-    readers = [
-        problem.row(problem.k, block.batch, first + start + integer(key), block.head)
-        for key in range(keys)
-    ]
     with T.serial(integer(0), integer(problem.dim)) as channel:
         queries = {o: bind(block.queries[span(channel * integer(rows) + integer(o), lanes)])
                    for o in offsets}  # fmt: skip
-        numbers = [bind(read(channel, 1)) for read in readers]
+        numbers = [bind(read(start + integer(key), channel)) for key in range(keys)]
         for key, offset, at in places:
             store(sums, at, sums[at] + spread(numbers[key], lanes) * queries[offset])
     for key, offset, at in places:
@@ -252,24 +270,24 @@ def emit_softmax(block: Block, row: PrimExpr, length: PrimExpr) -> None:
     store(block.sums, here, state[total])
 
 
-def emit_values(block: Block, first: PrimExpr, length: PrimExpr) -> None:
+def emit_values(block: Block, values: ReadOne, length: PrimExpr) -> None:
     """values[d, row] = values[d, row] scale[row] + sum over j of value[j, d] weight[j, row]."""
     whole = block.problem.dim_v // TILE_NUMBERS
     with T.serial(integer(0), integer(whole)) as tile:
         start = bind(tile * integer(TILE_NUMBERS))
         for offsets in vector_tiles(block):
-            emit_value_tile(block, first, length, start, TILE_NUMBERS, offsets)
+            emit_value_tile(block, values, length, start, TILE_NUMBERS, offsets)
     for channel in range(whole * TILE_NUMBERS, block.problem.dim_v):
         for offsets in vector_tiles(block):
-            emit_value_tile(block, first, length, integer(channel), 1, offsets)
+            emit_value_tile(block, values, length, integer(channel), 1, offsets)
 
 
 def emit_value_tile(
-    block: Block, first: PrimExpr, length: PrimExpr, start: PrimExpr, channels: int,
+    block: Block, read: ReadOne, length: PrimExpr, start: PrimExpr, channels: int,
     offsets: list[int],
 ) -> None:  # fmt: skip
     """Add the weighted values of some channels for some vectors of query rows."""
-    problem, lanes, rows = block.problem, block.problem.lanes, block.rows
+    lanes, rows = block.problem.lanes, block.rows
     sums = T.alloc_buffer((channels * len(offsets) * lanes,), "float32")
     places = [
         (
@@ -284,10 +302,9 @@ def emit_value_tile(
     for _, offset, at, kept in places:
         store(sums, at, block.values[kept] * block.scales[span(offset, lanes)])
     with T.serial(integer(0), length) as j:
-        read = problem.row(problem.v, block.batch, first + j, block.head)
         weights = {o: bind(block.scores[span(j * integer(rows) + integer(o), lanes)])
                    for o in offsets}  # fmt: skip
-        numbers = [bind(read(start + integer(channel), 1)) for channel in range(channels)]
+        numbers = [bind(read(j, start + integer(channel))) for channel in range(channels)]
         for channel, offset, at, _ in places:
             store(sums, at, sums[at] + spread(numbers[channel], lanes) * weights[offset])
     for _, _, at, kept in places:
