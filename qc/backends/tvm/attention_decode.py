@@ -24,7 +24,9 @@ from qc.backends.tvm.function import (
     store,
     tree_reduce,
 )
+from qc.backends.tvm.linear.vectors import prefetch
 from qc.backends.tvm.vector_math import bind, constant, convert, exp_of_nonpositive, spread, tanh
+from qc.ir.node import Node
 
 PrimExpr = Any
 
@@ -33,6 +35,8 @@ BLOCK = 64
 
 # Multiply-adds that one core does while another wakes up.
 SERIAL_BELOW = 1 << 17
+
+CACHE_LINE = 64
 
 # Accumulators that stay in the 16 vector registers of AVX2, with room for operands.
 ACCUMULATORS = 12
@@ -141,6 +145,7 @@ def emit_scores(
     """scores[row, j] = query of head `row` times key `first` + j."""
     problem = part.problem
     with T.serial(integer(0), length) as j:
+        ask_for(part, problem.v, first + j)
         key = problem.row(problem.k, part.batch, first + j, part.head)
         cut = list(pieces(problem.dim, problem.lanes))
         vectors = [bind(key(offset, width)) for offset, width in cut]
@@ -156,6 +161,18 @@ def emit_scores(
             head = part.head * integer(problem.group) + row
             score = problem.masked(score, part.batch, head, part.seq, first + j)
         store(scores, at, score)
+
+
+def ask_for(part: Part, node: Node, position: PrimExpr) -> None:
+    """Ask for the row of a cache that the next loop over positions reads: values while scores are
+    computed, the next keys while values are added. Memory then works beside the core."""
+    buffer = part.problem.function.buffers[node]
+    if len(buffer.shape) != 4:
+        return
+    line = CACHE_LINE // node.tensor.dtype.itemsize
+    for channel in range(0, int(node.tensor.shape[3]), line):
+        at = part.batch, position, part.head, integer(channel)
+        prefetch(T.address_of(buffer[at]))
 
 
 def capped(problem: Problem, score: PrimExpr) -> PrimExpr:
@@ -254,6 +271,8 @@ def emit_value_tile(
         value = partial[part.at(integer(row), offset, width)]
         store(sums, at, value * spread(scales[integer(row)], width))
     with T.serial(integer(0), length) as j:
+        if rows[0] == 0 and cut[0][0] == 0:
+            ask_for(part, problem.k, first + j + integer(BLOCK))
         read: Read = problem.row(problem.v, part.batch, first + j, part.head)
         vectors = {offset: bind(read(offset, width)) for offset, width in cut}
         weights = {row: bind(scores[integer(row * BLOCK) + j]) for row in rows}
