@@ -47,6 +47,10 @@ class DenseKernel(TermKernel):
         lanes = float_lanes(self.place.target)
         buffer = self.place.buffer(signature, "panels")
         array = StoredArray(buffer, self.dtype, ())
+        if not many and self.place.inner <= UNROLLED:
+            row_bytes = BLOCK * self.dtype.itemsize
+            for at in range(0, self.place.inner, max(1, 64 // row_bytes)):
+                prefetch(T.address_of(buffer[block, T.int64(at), T.int64(0)]))
 
         def read(inner: Any, first: int) -> Any:
             return widened(array, buffer[block, inner, span(first, lanes)], self.place.target)

@@ -17,7 +17,7 @@ from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering, widen
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.stored import declare_plain, plain_arrays
 from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel, held
-from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lanes, typed
+from qc.backends.tvm.linear.vectors import float_lanes, prefetch, span, splat, sum_of_lanes, typed
 from qc.ir.weights.expression import (
     ENTRY,
     LANE,
@@ -112,12 +112,24 @@ class OutliersKernel(TermKernel):
     def prepare(self, signature: Signature, inputs: Inputs) -> None:
         inputs.need_values()
 
+    def emit_prefetch(self, start: Any, *arrays: Any) -> None:
+        """Ask for the entries of a block of the usual size."""
+        blocks = -(-self.place.outer // BLOCK)
+        usual = -(-self.count // max(1, blocks))
+        first = T.Bind(T.Cast("int64", start))
+        for array in arrays:
+            size = 4 if str(array.dtype) in ("int32", "float32") else 2
+            for at in range(0, usual + 64 // size, 64 // size):
+                prefetch(T.address_of(array[first + at]))
+
     def block(self, signature: Signature, inputs: Inputs, block: Any, many: bool) -> Products:
         vector = float_lanes(self.place.target)
         starts = self.place.buffer(signature, "block_starts")
         places = self.place.buffer(signature, "places")
         dtype = self.place.specs[self.value.array].dtype
         values = StoredArray(self.place.buffer(signature, "block_values"), dtype, (self.count,))
+        if not many:
+            self.emit_prefetch(starts[block], places, values.buffer)
 
         def add(row: Any, height: int, sums: Any) -> None:
             copies = TOGETHER if height == 1 else 1

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qc.backends.tvm.kernel import Kernel, Region
 from qc.backends.tvm.linear.amx import TALL, AmxStream, amx_term
 from qc.backends.tvm.linear.bit_serial import bit_serial_term
-from qc.backends.tvm.linear.decoded import decoded_term
 from qc.backends.tvm.linear.dense import dense_term
 from qc.backends.tvm.linear.entries import entries_term
 from qc.backends.tvm.linear.inputs import Inputs
@@ -24,6 +23,7 @@ from qc.backends.tvm.linear.skeleton import (
     Signature,
     accumulator,
     build_kernel,
+    choose_height,
     for_each_block,
     for_each_tile,
     store_tile,
@@ -44,7 +44,6 @@ FAST_RULES: tuple[TermRule, ...] = (
     lambda place: chain_term(place, term_kernel),
     lambda place: selected_term(place, term_kernel),
     bit_serial_term,
-    decoded_term,
 )
 """From the most special; without any of them everything still works, slower."""
 
@@ -84,34 +83,33 @@ class LinearKernels:
             for kernel in kernels:
                 kernel.prepare(signature, inputs)
         blocks = -(-self.linear.outer // BLOCK)
-        for_each_block(signature, blocks, lambda block: self.emit_block(signature, inputs, block))
 
-    def emit_block(self, signature: Signature, inputs: Inputs, block: Any) -> None:
-        """Emit a block of 16 outputs of all rows."""
-        target = self.linear.region.target
-        lanes = float_lanes(target)
+        def emit_blocks(height: int) -> None:
+            emit_block = partial(self.emit_block, signature, inputs, height)
+            for_each_block(signature, blocks, emit_block)
 
-        @contextmanager
-        def begin(height: int) -> Iterator[Callable[[Any, int], None]]:
-            terms = {node: [k.at_height(height) for k in ks] for node, ks in self.terms.items()}
-            products = {
-                node: [kernel.block(signature, inputs, block, height > 1) for kernel in kernels]
-                for node, kernels in terms.items()
-            }
+        choose_height(signature, (1, *self.tile_heights()), emit_blocks)
 
-            def emit(row: Any, height: int) -> None:
-                sums = {n: [accumulator(lanes) for _ in range(height)] for n in products}
-                for node, added in products.items():
-                    for add in added:
-                        add(row, height, sums[node])
-                store_tile(signature, sums, row, block, lanes)
+    def emit_block(self, signature: Signature, inputs: Inputs, height: int, block: Any) -> None:
+        """Emit a block of 16 outputs of all rows, in tiles of `height` rows."""
+        lanes = float_lanes(self.linear.region.target)
+        terms = {node: [k.at_height(height) for k in ks] for node, ks in self.terms.items()}
+        products = {
+            node: [kernel.block(signature, inputs, block, height > 1) for kernel in kernels]
+            for node, kernels in terms.items()
+        }
 
-            yield emit
-            for kernels in terms.values():
-                for kernel in kernels:
-                    kernel.finish()
+        def emit(row: Any, height: int) -> None:
+            sums = {n: [accumulator(lanes) for _ in range(height)] for n in products}
+            for node, added in products.items():
+                for add in added:
+                    add(row, height, sums[node])
+            store_tile(signature, sums, row, block, lanes)
 
-        for_each_tile(signature, self.tile_heights(), begin)
+        for_each_tile(signature, height, emit)
+        for kernels in terms.values():
+            for kernel in kernels:
+                kernel.finish()
 
     def tile_heights(self) -> tuple[int, ...]:
         """Return the rows of tiles, ascending: the usual ones, and those of AMX or of panels."""

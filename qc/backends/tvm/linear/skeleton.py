@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -150,42 +149,38 @@ def for_each_block(signature: Signature, blocks: int, emit: Callable[[Any], None
         emit(block)
 
 
-def for_each_tile(
-    signature: Signature,
-    heights: Sequence[int],
-    begin: Callable[[int], AbstractContextManager[Callable[[Any, int], None]]],
+def choose_height(
+    signature: Signature, heights: Sequence[int], emit: Callable[[int], None]
 ) -> None:
-    """Emit tiles of the greatest of the ascending `heights` that the rows fill, or single rows.
+    """Emit the greatest of the ascending `heights` that the rows fill, or 1, chosen at run time.
 
-    `begin(height)` is entered once around them and returns how to emit (row, height). The last tile
-    is moved up to end at the last row: rows in the overlap are computed twice, to the same values,
-    so the result must not share memory with an operand.
+    The choice stands outside of the loop over blocks: memory that a block needs for tall tiles is
+    allocated in every iteration of a loop that mentions it.
+    """
+    height, *taller = heights
+    if not taller:
+        emit(height)
+        return
+    with T.If(signature.rows < taller[0]):
+        with T.Then():
+            emit(height)
+        with T.Else():
+            choose_height(signature, taller, emit)
+
+
+def for_each_tile(signature: Signature, height: int, emit: Callable[[Any, int], None]) -> None:
+    """Emit `emit(first row, height)` for tiles of `height` rows.
+
+    The last tile is moved up to end at the last row: rows in the overlap are computed twice, to the
+    same values, so the result must not share memory with an operand.
     """
     rows = signature.rows
-
-    def emit_tiles(height: int) -> None:
-        with (
-            begin(height) as emit,
-            T.serial(T.int64(0), T.floordiv(rows + (height - 1), height)) as tile,
-        ):
-            emit(T.Bind(T.min(tile * height, rows - height)), height)
-
-    def emit_rows() -> None:
-        with begin(1) as emit, T.serial(T.int64(0), rows) as row:
+    if height == 1:
+        with T.serial(T.int64(0), rows) as row:
             emit(row, 1)
-
-    def choose(height: int, taller: Sequence[int]) -> None:
-        emit_smaller = partial(emit_tiles, height) if height > 1 else emit_rows
-        if not taller:
-            emit_smaller()
-            return
-        with T.If(rows < taller[0]):
-            with T.Then():
-                emit_smaller()
-            with T.Else():
-                choose(taller[0], taller[1:])
-
-    choose(1, heights)
+        return
+    with T.serial(T.int64(0), T.floordiv(rows + (height - 1), height)) as tile:
+        emit(T.Bind(T.min(tile * height, rows - height)), height)
 
 
 def finished(
