@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering, widened
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.stored import declare_plain, plain_arrays
-from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel, held
+from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel
 from qc.backends.tvm.linear.vectors import float_lanes, prefetch, span, splat, sum_of_lanes, typed
 from qc.ir.weights.expression import (
     ENTRY,
@@ -37,12 +36,6 @@ projection of SmolLM2 half of a block's belong to one), and a sum that waits for
 takes about 11 cycles on Zen 3, through memory."""
 
 
-def as_int32(places: Any, at: Any, lanes: int) -> Any:
-    """Load places as int32."""
-    loaded = places[span(at, lanes)]
-    return loaded if str(places.dtype) == "int32" else T.Cast(typed("int32", lanes), loaded)
-
-
 def added(parts: Sequence[Any]) -> Any:
     """Add vectors in pairs: few additions wait for one another."""
     while len(parts) > 1:
@@ -55,8 +48,9 @@ def added(parts: Sequence[Any]) -> Any:
 class OutliersKernel(TermKernel):
     """Single entries, sorted by block of 16 outputs, then by their number in the row.
 
-    Neighbours in the list belong to different outputs, so that no sum waits for the one before
-    it. `places` holds 16 * column + output in the block: 2 bytes where that is enough.
+    Neighbours in the list belong to different outputs, so that sums seldom wait for the one before.
+    Records of 8 entries hold 8 places, 16 * column + output in the block, in 2 bytes where that is
+    enough, then 8 values; a block's last record is filled up with zeros.
     """
 
     rule: ClassVar[str] = "outliers"
@@ -71,96 +65,104 @@ class OutliersKernel(TermKernel):
 
     @property
     def work(self) -> float:
-        return 8.0 * 8 * self.count / max(1, self.place.outer * self.place.inner)
+        return 8.0 * 6 * self.count / max(1, self.place.outer * self.place.inner)
 
     @property
-    def wide(self) -> bool:
-        """Say whether a place takes 4 bytes."""
-        return self.place.inner * BLOCK > 1 << 15
+    def blocks(self) -> int:
+        return -(-self.place.outer // BLOCK)
+
+    @property
+    def records(self) -> int:
+        """How many records the entries take at most."""
+        return (self.count + (TOGETHER - 1) * min(self.blocks, self.count)) // TOGETHER
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How values are stored."""
+        return self.place.specs[self.value.array].dtype
+
+    @property
+    def place_bytes(self) -> int:
+        """Bytes of a place."""
+        return 4 if self.place.inner * BLOCK > 1 << 16 else 2
+
+    @property
+    def record_bytes(self) -> int:
+        return TOGETHER * (self.place_bytes + self.dtype.itemsize)
 
     def declare(self, signature: Signature) -> None:
-        values = self.place.specs[self.value.array].dtype
-        blocks = -(-self.place.outer // BLOCK)
-        kind = "int32" if self.wide else "int16"
-        for name, dtype, size in (
-            ("block_starts", "int32", blocks + 1),
-            ("places", kind, self.count),
-            ("block_values", STORED_NAMES[values], self.count),
-        ):
-            self.place.declare(signature, name, dtype, (size,), partial(self.repack, name))
+        starts, records = (self.blocks + 1,), (self.records, self.record_bytes)
+        self.place.declare(signature, "block_starts", "int32", starts, self.starts)
+        self.place.declare(signature, "records", "uint8", records, self.packed)
 
-    def repack(self, name: str, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Return the entries in the order of the blocks."""
+    def counts(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return where each row's entries start, and how many there are."""
         rows = torch.arange(self.place.outer, dtype=torch.int32)
         of_rows = TorchRendering(arrays, {ROW.axis: rows})
         start = of_rows.value(self.entries.start).long()
-        counts = of_rows.value(self.entries.stop).long() - start
-        row = torch.arange(len(rows)).repeat_interleave(counts)
-        number = torch.arange(len(row)) - start[row]
+        return start, of_rows.value(self.entries.stop).long() - start
+
+    def starts(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of each block's first record."""
+        counts = self.counts(arrays)[1]
+        per_block = (
+            torch.nn.functional.pad(counts, (0, -len(counts) % BLOCK)).view(-1, BLOCK).sum(1)
+        )
+        ends = (-(-per_block // TOGETHER)).cumsum(0)
+        return torch.nn.functional.pad(ends, (1, 0)).int()
+
+    def packed(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Return the records."""
+        start, counts = self.counts(arrays)
+        row = torch.arange(len(counts)).repeat_interleave(counts)
+        first = counts.cumsum(0) - counts
+        number = torch.arange(len(row)) - first[row]
         order = ((row // BLOCK * self.place.inner + number) * BLOCK + row % BLOCK).argsort()
-        if name == "block_starts":
-            per_block = torch.nn.functional.pad(counts, (0, -len(counts) % BLOCK))
-            ends = per_block.view(-1, BLOCK).sum(1).cumsum(0)
-            return torch.nn.functional.pad(ends, (1, 0)).int()
+        block = row[order] // BLOCK
+        before = torch.nn.functional.pad(
+            torch.bincount(block, minlength=self.blocks).cumsum(0), (1, 0)
+        )
+        at = torch.arange(len(row)) - before[block] + TOGETHER * self.starts(arrays).long()[block]
         entry = TorchRendering(arrays, {ENTRY.axis: (start[row] + number)[order].int()})
-        if name == "places":
-            columns = entry.value(self.entries.column).long()
-            places = columns * BLOCK + row[order] % BLOCK
-            return places.to(torch.int32 if self.wide else torch.int16)
-        return held(entry.value(self.value).to(self.place.specs[self.value.array].dtype))
+        places = entry.value(self.entries.column).long() * BLOCK + row[order] % BLOCK
+        kind = torch.int32 if self.place_bytes == 4 else torch.uint16
+        parts = []
+        for found, dtype in ((places, kind), (entry.value(self.value), self.dtype)):
+            padded = torch.zeros(self.records * TOGETHER, dtype=found.dtype)
+            padded[at] = found
+            parts.append(padded.to(dtype).view(-1, TOGETHER).view(torch.uint8))
+        return torch.cat(parts, 1)
 
     def prepare(self, signature: Signature, inputs: Inputs) -> None:
         inputs.need_values()
 
-    def emit_prefetch(self, start: Any, *arrays: Any) -> None:
-        """Ask for the entries of a block of the usual size."""
-        blocks = -(-self.place.outer // BLOCK)
-        usual = -(-self.count // max(1, blocks))
-        first = T.Bind(T.Cast("int64", start))
-        for array in arrays:
-            size = 4 if str(array.dtype) in ("int32", "float32") else 2
-            for at in range(0, usual + 64 // size, 64 // size):
-                prefetch(T.address_of(array[first + at]))
-
     def block(self, signature: Signature, inputs: Inputs, block: Any, many: bool) -> Products:
         vector = float_lanes(self.place.target)
         starts = self.place.buffer(signature, "block_starts")
-        places = self.place.buffer(signature, "places")
-        dtype = self.place.specs[self.value.array].dtype
-        values = StoredArray(self.place.buffer(signature, "block_values"), dtype, (self.count,))
+        records = self.place.buffer(signature, "records")
+        start = T.Bind(T.Cast("int64", starts[block]))
+        stop = T.Bind(T.Cast("int64", starts[block + 1]))
         if not many:
-            self.emit_prefetch(starts[block], places, values.buffer)
+            self.emit_prefetch(records, start)
 
         def add(row: Any, height: int, sums: Any) -> None:
             copies = TOGETHER if height == 1 else 1
             found = T.alloc_buffer((copies * height * BLOCK,), "float32", layout=None)
             for at in range(0, copies * height * BLOCK, vector):
                 T.buffer_store(found, splat(T.float32(0), vector), [span(at, vector)])
-            start = T.Bind(T.Cast("int64", starts[block]))
-            stop = T.Bind(T.Cast("int64", starts[block + 1]))
 
-            def add_entry(place: Any, value: Any, copy: int) -> None:
-                column = T.Bind(T.Cast("int64", T.shift_right(place, T.int32(4))))
-                lane = T.Bind(T.Cast("int64", T.bitwise_and(place, T.int32(BLOCK - 1))))
-                for r in range(height):
-                    at = T.Bind(lane + (copy * height + r) * BLOCK)
-                    T.buffer_store(found, found[at] + value * inputs.values[row + r, column], [at])
-
-            whole = T.Bind(T.floordiv(stop - start, T.int64(TOGETHER)))
-            with T.serial(T.int64(0), whole) as number:
-                at = T.Bind(start + number * TOGETHER)
-                several = T.alloc_buffer((TOGETHER,), "int32", layout=None)
+            with T.serial(start, stop) as record:
                 weights = T.alloc_buffer((TOGETHER,), "float32", layout=None)
-                here = span(0, TOGETHER)
-                T.buffer_store(several, as_int32(places, at, TOGETHER), [here])
-                stored = values.buffer[span(at, TOGETHER)]
-                T.buffer_store(weights, widened(values, stored, self.place.target), [here])
+                T.buffer_store(weights, self.values(records, record), [span(0, TOGETHER)])
                 for each in range(TOGETHER):
-                    add_entry(T.Bind(several[each]), T.Bind(weights[each]), each % copies)
-            with T.serial(start + whole * TOGETHER, stop) as entry:
-                stored = values.buffer[entry]
-                value = T.Bind(widened(values, stored, self.place.target))
-                add_entry(T.Bind(as_int32(places, entry, 1)), value, 0)
+                    place = T.Bind(self.place_at(records, record, each))
+                    column = T.Bind(T.shift_right(place, T.int64(4)))
+                    lane = T.Bind(T.bitwise_and(place, T.int64(BLOCK - 1)))
+                    weight = T.Bind(weights[each])
+                    for r in range(height):
+                        at = T.Bind(lane + (each % copies * height + r) * BLOCK)
+                        total = found[at] + weight * inputs.values[row + r, column]
+                        T.buffer_store(found, total, [at])
             for r in range(height):
                 for first in range(0, BLOCK, vector):
                     at = span(first, vector)
@@ -169,6 +171,27 @@ class OutliersKernel(TermKernel):
                     T.buffer_store(sums[r], sums[r][at] + added(parts), [at])
 
         return add
+
+    def emit_prefetch(self, records: Any, start: Any) -> None:
+        """Ask for the records of a block of the usual size."""
+        usual = -(-self.records // max(1, self.blocks)) * self.record_bytes
+        for line in range(0, usual, 64):
+            at = start + line // self.record_bytes
+            prefetch(T.address_of(records[at, T.int64(line % self.record_bytes)]))
+
+    def place_at(self, records: Any, record: Any, each: int) -> Any:
+        """Load one place of a record."""
+        size = self.place_bytes
+        stored = records[record, span(size * each, size)]
+        return T.Cast("int64", T.reinterpret(f"uint{8 * size}", stored))
+
+    def values(self, records: Any, record: Any) -> Any:
+        """Load the values of a record as float32."""
+        bytes = TOGETHER * self.dtype.itemsize
+        stored = records[record, span(TOGETHER * self.place_bytes, bytes)]
+        array = StoredArray(records, self.dtype, ())
+        kind = typed(STORED_NAMES[self.dtype], TOGETHER)
+        return widened(array, T.reinterpret(kind, stored), self.place.target)
 
 
 @dataclass(frozen=True, eq=False)
