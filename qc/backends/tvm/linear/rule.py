@@ -10,6 +10,8 @@ from typing import Any
 from qc.backends.tvm.kernel import Kernel, Region
 from qc.backends.tvm.linear.amx import TALL, AmxStream, amx_term
 from qc.backends.tvm.linear.bit_serial import bit_serial_term
+from qc.backends.tvm.linear.coded import coded_term
+from qc.backends.tvm.linear.decoded import decoded_term
 from qc.backends.tvm.linear.dense import dense_term
 from qc.backends.tvm.linear.entries import entries_term
 from qc.backends.tvm.linear.inputs import Inputs
@@ -44,6 +46,8 @@ FAST_RULES: tuple[TermRule, ...] = (
     lambda place: chain_term(place, term_kernel),
     lambda place: selected_term(place, term_kernel),
     bit_serial_term,
+    coded_term,
+    decoded_term,
 )
 """From the most special; without any of them everything still works, slower."""
 
