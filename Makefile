@@ -31,7 +31,7 @@ test: lint model
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: $(ENVIRONMENT) model
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --without-fast-rules $(MULTIPLYING)
 
 bench: $(ENVIRONMENT) model
