@@ -9,6 +9,7 @@ from typing import Any
 
 from qc.backends.tvm.kernel import Kernel, Region
 from qc.backends.tvm.linear.amx import TALL, AmxStream, amx_term
+from qc.backends.tvm.linear.bit_factors import bit_factors_term
 from qc.backends.tvm.linear.bit_serial import bit_serial_term
 from qc.backends.tvm.linear.coded import coded_term
 from qc.backends.tvm.linear.decoded import decoded_term
@@ -46,6 +47,7 @@ FAST_RULES: tuple[TermRule, ...] = (
     lambda place: chain_term(place, term_kernel),
     lambda place: selected_term(place, term_kernel),
     bit_serial_term,
+    bit_factors_term,
     coded_term,
     decoded_term,
 )
