@@ -35,6 +35,7 @@ from qc.backends.tvm.linear.stream_float import float_stream_term
 from qc.backends.tvm.linear.structures import chain_term, selected_term
 from qc.backends.tvm.linear.term import Place, TermKernel, TermRule
 from qc.backends.tvm.linear.vectors import float_lanes
+from qc.backends.tvm.linear.windows import windows_term
 from qc.ir.node import Node
 from qc.ir.weights.weight import WeightFormat
 
@@ -49,6 +50,7 @@ FAST_RULES: tuple[TermRule, ...] = (
     bit_serial_term,
     bit_factors_term,
     coded_term,
+    windows_term,
     decoded_term,
 )
 """From the most special; without any of them everything still works, slower."""

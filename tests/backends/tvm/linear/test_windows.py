@@ -1,0 +1,82 @@
+"""Weights that windows of a row's bits name: products, and how expressions are taken apart."""
+
+from __future__ import annotations
+
+import pytest
+
+from qc.backends.tvm.linear.rule import linear_rule
+from qc.backends.tvm.linear.windows import windows_of
+from qc.ir.target import CPUS, host_cpu
+from qc.ir.types import ActivationFormat
+from qc.ir.weights.expression import COL, ROW
+from qc.ir.weights.notation import parse_weights
+from qc.ir.weights.weight import TermFormat
+from tests.backends.tvm.linear.cases import Case, compile_cases, worst_error
+
+FORMATS = (
+    "codebook2x8·d8", "codebook1x8·d2", "trellis2·w10", "lookup6·tensor", "codebook1x12·d8",
+    "codebook1x6·d2", "codebook3x5·d4", "trellis1.5·d2·w9", "trellis2.5·d2·w8", "trellis3·w9",
+    "lookup5·tensor", "lookup8·tensor", "trellis1·w6",
+)  # fmt: skip
+
+SIZES = ((33, 129), (48, 96), (7, 33), (16, 31), (3, 127), (17, 7), (31, 64))
+
+
+def term(text: str) -> TermFormat:
+    """Return a format."""
+    return parse_weights(text).terms[0]
+
+
+def cases() -> list[Case]:
+    """Every format in a size of its own, the activations in turns."""
+    return [
+        Case(*SIZES[n % len(SIZES)], (term(text),), (None, ActivationFormat(8, 32))[n % 2])
+        for n, text in enumerate(FORMATS)
+    ]
+
+
+def test_products_are_exact_up_to_rounding() -> None:
+    errors = worst_error(linear_rule, cases()[:4], host_cpu(), rows=(1, 7))
+    assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(), ids=lambda case: str(case.formats[0]))
+def test_every_format_is_exact_up_to_rounding(case: Case) -> None:
+    for target in (CPUS["x86_64-v2"], host_cpu()):
+        assert max(worst_error(linear_rule, [case], target, rows=(1, 7)).values()) < 1e-5
+
+
+@pytest.mark.fast_rules
+def test_the_rule_takes_every_case() -> None:
+    for target in (CPUS["x86_64-v3"], CPUS["avx512-vnni"]):
+        kernels = compile_cases(linear_rule, cases(), target)
+        assert {kernel.rule for kernel in kernels} == {"linear_windows"}
+
+
+@pytest.mark.parametrize(
+    ("text", "dim", "stride", "bits"),
+    [
+        ("codebook2x8·d8", 8, 16, [8, 8]),  # one load gives a vector
+        ("codebook1x8·d2", 2, 8, [8]),  # two codes are 16 bits: too large a table
+        ("codebook1x4·d1", 2, 8, [8]),  # two codes at once
+        ("trellis2·w10", 2, 4, [12]),  # neighbouring windows overlap
+        ("trellis1.5·d2·w9", 2, 3, [9]),
+        ("codebook3x5·d4", 4, 15, [5, 5, 5]),
+        ("lookup8·tensor", 1, 8, [8]),
+    ],
+)
+def test_windows_are_as_long_as_small_tables_allow(
+    text: str, dim: int, stride: int, bits: list[int]
+) -> None:
+    format, shape = term(text), (32, 64)
+    found = windows_of(format.decode(shape, ROW, COL), shape, format.arrays(shape), 8)
+    assert found is not None
+    assert (found.dim, found.stride) == (dim, stride)
+    assert [part.bits for part in found.parts] == bits
+
+
+@pytest.mark.parametrize("text", ["lookup4·row", "fp8", "int8·row", "lookup6·tensor·by(g32)"])
+def test_tables_of_rows_and_arithmetic_are_left_alone(text: str) -> None:
+    format, shape = term(text), (32, 64)
+    assert windows_of(format.decode(shape, ROW, COL), shape, format.arrays(shape), 8) is None
