@@ -21,6 +21,7 @@ from qc.backends.tvm.linear.int8_panels import PANEL_TILES, PanelStream, panel_s
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.matching import LinearRegion, match_linear
 from qc.backends.tvm.linear.panels import FLOAT_TILES
+from qc.backends.tvm.linear.row_tables import row_tables_term
 from qc.backends.tvm.linear.scalar import scalar_term
 from qc.backends.tvm.linear.skeleton import (
     Signature,
@@ -50,6 +51,7 @@ FAST_RULES: tuple[TermRule, ...] = (
     bit_serial_term,
     bit_factors_term,
     coded_term,
+    row_tables_term,
     windows_term,
     decoded_term,
 )

@@ -12,7 +12,7 @@ along the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -21,31 +21,21 @@ import torch
 from torch import Tensor
 from tvm.tirx.script import builder as T
 
+from qc.backends.tvm.linear.along_inputs import AlongInputs, factor_layouts
 from qc.backends.tvm.linear.bit_serial_reader import shuffled
 from qc.backends.tvm.linear.code_products import factors_of, product
 from qc.backends.tvm.linear.forms import is_float
-from qc.backends.tvm.linear.inputs import Inputs
-from qc.backends.tvm.linear.layout import BLOCK
-from qc.backends.tvm.linear.panels import add_tile, new_panel, reader_of
-from qc.backends.tvm.linear.plan import BLOCK_INDEX, ArrayLayout, VectorPlan, blocked_layouts
-from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
-from qc.backends.tvm.linear.skeleton import Signature, accumulator
+from qc.backends.tvm.linear.plan import ArrayLayout
+from qc.backends.tvm.linear.skeleton import Signature
 from qc.backends.tvm.linear.stored import laid_out
-from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel
-from qc.backends.tvm.linear.vectors import (
-    float_lanes,
-    halves_to_float,
-    span,
-    splat,
-    sum_of_lanes,
-)
+from qc.backends.tvm.linear.term import Place, TermKernel
+from qc.backends.tvm.linear.vectors import float_lanes, halves_to_float, span
 from qc.ir.weights.affine import affine_of, simplify
 from qc.ir.weights.expression import (
     COL,
     ROW,
     Arith,
     Code,
-    Const,
     Expr,
     Index,
     Load,
@@ -72,7 +62,8 @@ WIDTHS = (32, 64)
 """Columns of a step: so many that a step ends with a byte."""
 
 WORD = 64
-CHAINS = 8  # sums of a row: two additions a cycle, each ready after four
+"""Bits that are loaded together. Shorter words, or single bytes, LLVM would load as vectors, and
+take the elements out one by one: half as fast again."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +113,12 @@ class Windows:
     def uses_halves(self) -> bool:
         """Say whether tables are float16: only where float32 is too large for the first cache."""
         return self.halves and 4 * self.entries > FIRST_CACHE
+
+    @property
+    def up(self) -> int:
+        """Bits by which windows are shifted up to be the places of entries: machines scale an
+        index by up to 8 bytes, the rest is done by a shift that is there anyway."""
+        return max(0, (self.dim * self.entry_bytes).bit_length() - 4)
 
     @property
     def width(self) -> int:
@@ -242,23 +239,20 @@ def in_window(value: Expr, code: Code, start: int) -> Expr:
 
 
 @dataclass(frozen=True, eq=False)
-class WindowsKernel(TermKernel):
+class WindowsKernel(AlongInputs):
     """Load `dim` weights at a time, output by output."""
 
     rule: ClassVar[str] = "windows"
-    place: Place
     windows: Windows
-    layouts: Mapping[str, ArrayLayout]
-    """The arrays of the factor, in blocks of 16 rows where they have rows."""
 
     @property
     def work(self) -> float:
-        # counted on AVX2: shift, mask and load for each window; the sum
-        return 1.0 + 4.0 * len(self.windows.parts) * self.lanes / 8 * 8 / self.windows.dim / 2
+        loads = 8 / self.windows.dim * len(self.windows.parts)
+        return 1.0 + 3.0 * loads  # counted on AVX2: shift, mask and load for each window
 
     @property
-    def lanes(self) -> int:
-        return float_lanes(self.place.target)
+    def width(self) -> int:
+        return self.windows.width
 
     @cached_property
     def codes(self) -> ArrayLayout:
@@ -273,154 +267,38 @@ class WindowsKernel(TermKernel):
             table = partial(part.table, half=self.windows.uses_halves)
             size = self.windows.dim << part.bits
             self.place.declare(signature, f"table{number}", kind, (size,), table)
-        for name, layout in self.layouts.items():
-            dtype, repack = STORED_NAMES[layout.dtype], partial(laid_out, name, layout)
-            self.place.declare(signature, f"rows.{name}", dtype, layout.shape, repack)
+        super().declare(signature)
 
-    def prepare(self, signature: Signature, inputs: Inputs) -> None:
-        inputs.need_values()
-
-    def block(self, signature: Signature, inputs: Inputs, block: Any, many: bool) -> Products:
-        rows = {
-            name: StoredArray(
-                self.place.buffer(signature, f"rows.{name}"), layout.dtype, layout.shape
-            )
-            for name, layout in self.layouts.items()
-        }
-        rendering = VectorRendering(rows, {BLOCK_INDEX: block}, self.lanes, self.place.target)
+    def reader(self, signature: Signature) -> Callable[[Any], WindowReader]:
         count = len(self.windows.parts)
         tables = [self.place.buffer(signature, f"table{number}") for number in range(count)]
-        read = WindowReader(self, self.place.buffer(signature, "bits"), tables)
-        panel = self.panel(read, rendering, block) if many else None
-
-        def add(row: Any, height: int, sums: Any) -> None:
-            if panel is None:
-                self.add_row(read, rendering, inputs.values, block, row, sums[0])
-            else:
-                reader = reader_of(panel, self.lanes)
-                add_tile(inputs.values, self.place.inner, reader, self.lanes, row, height, sums)
-
-        return add
-
-    def outputs(self, block: Any) -> Any:
-        """Return how many outputs a block has."""
-        if self.place.outer % BLOCK == 0:
-            return T.int64(BLOCK)
-        return T.min(T.int64(BLOCK), T.int64(self.place.outer) - block * BLOCK)
-
-    def factor(self, rendering: VectorRendering, vector: int) -> Any:
-        """Return what multiplies the rows of one vector of outputs."""
-        if self.windows.factor is None:
-            return splat(T.float32(1), self.lanes)
-        plan = VectorPlan(
-            self.windows.factor, self.place.shape, self.lanes, BLOCK, self.layouts, True
-        )
-        return rendering.vector(plan.columns(Const(0), 1, vector)[0])
-
-    def add_row(
-        self,
-        read: WindowReader,
-        rendering: VectorRendering,
-        x: Any,
-        block: Any,
-        row: Any,
-        sums: Any,
-    ) -> None:
-        """Multiply one row of x by the rows of a block, one after the other."""
-        found, lanes, width = accumulator(self.lanes), self.lanes, self.windows.width
-        steps, rest = divmod(self.place.inner, width)
-        with T.serial(T.int64(0), self.outputs(block)) as number:
-            output = T.Bind(block * BLOCK + number)
-            chains = [accumulator(lanes, size=lanes) for _ in range(CHAINS)]
-            at = span(0, lanes)
-
-            def add(values: list[Any], first: Any, column: int) -> None:
-                inputs = T.Bind(x[row, span(first, lanes)])
-                for number, value in enumerate(values):
-                    chain = (column // lanes * len(values) + number) % CHAINS
-                    total = chains[chain]
-                    T.buffer_store(total, total[at] + value * inputs, [at])
-
-            if steps:
-                with T.serial(T.int64(0), T.int64(steps)) as step:
-                    for first, values in read.vectors(output, step, width):
-                        add(values, step * width + first, first)
-            whole = rest - rest % lanes
-            for first, values in read.vectors(output, T.int64(steps), whole):
-                add(values, T.int64(steps * width + first), first)
-            total = T.Bind(sum_of_lanes(added([chain[at] for chain in chains])))
-            for k, value in read.singles(output, T.int64(steps), whole, rest):
-                total = T.Bind(total + value * x[row, T.int64(steps * width + k)])
-            T.buffer_store(found, total, [number])
-        for vector in range(BLOCK // lanes):
-            at = span(vector * lanes, lanes)
-            T.buffer_store(sums, sums[at] + found[at] * self.factor(rendering, vector), [at])
-
-    def panel(self, read: WindowReader, rendering: VectorRendering, block: Any) -> Any:
-        """Decode a block of outputs to a panel."""
-        panel, lanes, width = new_panel(self.place.inner), self.lanes, self.windows.width
-        steps, rest = divmod(self.place.inner, width)
-        scale = accumulator(lanes)
-        for vector in range(BLOCK // lanes):
-            value = self.factor(rendering, vector)
-            T.buffer_store(scale, value, [span(vector * lanes, lanes)])
-        with T.serial(T.int64(0), self.outputs(block)) as number:
-            output = T.Bind(block * BLOCK + number)
-            factor = T.Bind(scale[number])
-
-            def store(value: Any, first: Any, count: int) -> None:
-                at = first * BLOCK + number
-                place = T.ramp(at, T.int64(BLOCK), count) if count > 1 else at
-                T.buffer_store(panel, value * splat(factor, count), [place])
-
-            if steps:
-                with T.serial(T.int64(0), T.int64(steps)) as step:
-                    for first, values in read.vectors(output, step, width):
-                        store(sum(values[1:], values[0]), step * width + first, lanes)
-            whole = rest - rest % lanes
-            for first, values in read.vectors(output, T.int64(steps), whole):
-                store(sum(values[1:], values[0]), T.int64(steps * width + first), lanes)
-            for k, value in read.singles(output, T.int64(steps), whole, rest):
-                store(value, T.int64(steps * width + k), 1)
-        if self.place.outer % BLOCK:
-            with (
-                T.serial(self.outputs(block), T.int64(BLOCK)) as number,
-                T.serial(T.int64(0), T.int64(self.place.inner)) as column,
-            ):
-                T.buffer_store(panel, T.float32(0), [column * BLOCK + number])
-        return panel
-
-
-def added(values: Sequence[Any]) -> Any:
-    """Add values up in pairs: few wait for each other."""
-    if len(values) == 1:
-        return values[0]
-    middle = len(values) // 2
-    return added(values[:middle]) + added(values[middle:])
+        bits = self.place.buffer(signature, "bits")
+        return lambda output: WindowReader(self, bits, tables, output)
 
 
 @dataclass(frozen=True)
 class WindowReader:
-    """The bits of all rows, and the tables."""
+    """The bits of one row, and the tables."""
 
     kernel: WindowsKernel
     bits: Any
     tables: list[Any]
+    output: Any
 
     @property
     def windows(self) -> Windows:
         return self.kernel.windows
 
-    def vectors(self, output: Any, step: Any, count: int) -> Iterator[tuple[int, list[Any]]]:
-        """Yield (column, float32 vectors to add) of the first `count` columns of a step."""
+    def vectors(self, step: Any, count: int) -> Iterator[list[Any]]:
+        """Yield one vector for each table."""
         lanes, dim = self.kernel.lanes, self.windows.dim
-        words = Words(self, output, step)
+        words = Words(self, step)
         for first in range(0, count, lanes):
             found: list[list[Any]] = [[] for _ in self.tables]
             for at in range(first, first + lanes, dim):
                 for pieces, (number, table) in zip(found, enumerate(self.tables), strict=True):
                     pieces.append(table[span(words.entry(at // dim, number), dim)])
-            yield first, [self.widened(pieces) for pieces in found]
+            yield [self.widened(pieces) for pieces in found]
 
     def widened(self, pieces: list[Any]) -> Any:
         """Join entries of tables to one float32 vector."""
@@ -433,27 +311,13 @@ class WindowReader:
             return T.Bind(halves_to_float(bits, lanes, self.kernel.place.target))
         return T.Bind(whole)
 
-    def singles(self, output: Any, step: Any, start: int, stop: int) -> list[tuple[int, Any]]:
-        """Return (column, float32 weight) of single columns of a step."""
-        words, dim, found = Words(self, output, step), self.windows.dim, []
-        for k in range(start, stop):
-            values = []
-            for number, table in enumerate(self.tables):
-                value = table[words.entry(k // dim, number) + k % dim]
-                if self.windows.uses_halves:
-                    bits = T.reinterpret("uint16", value)
-                    value = halves_to_float(bits, 1, self.kernel.place.target)
-                values.append(value)
-            found.append((k, T.Bind(sum(values[1:], values[0]))))
-        return found
-
 
 class Words:
     """The bits of one step of one row, loaded in words of 64 bits that serve several windows."""
 
-    def __init__(self, reader: WindowReader, output: Any, step: Any) -> None:
+    def __init__(self, reader: WindowReader, step: Any) -> None:
         windows = reader.windows
-        self.reader, self.output = reader, output
+        self.reader = reader
         self.start = T.Bind(step * (windows.width // windows.dim * windows.stride // 8))
         self.first = 0
         self.word: Any = None
@@ -465,10 +329,9 @@ class Words:
         bit = vector * windows.stride + part.start
         if self.word is None or bit < self.first or bit + part.bits > self.first + WORD:
             self.first = bit // 8 * 8
-            loaded = self.reader.bits[self.output, span(self.start + self.first // 8, WORD // 8)]
-            self.word = T.Bind(T.reinterpret("uint64", loaded))
-        # machines scale an index by up to 8 bytes; the rest is done by a shift that is there anyway
-        up = max(0, (windows.dim * windows.entry_bytes).bit_length() - 4)
+            at = span(self.start + self.first // 8, WORD // 8)
+            self.word = T.Bind(T.reinterpret("uint64", self.reader.bits[self.reader.output, at]))
+        up = windows.up
         down = bit - self.first - up
         mask = T.uint64(((1 << part.bits) - 1) << up)
         moved = self.word
@@ -488,9 +351,5 @@ def windows_term(place: Place) -> TermKernel | None:
     windows = windows_of(decode, place.shape, place.specs, float_lanes(place.target))
     if windows is None:
         return None
-    layouts: dict[str, ArrayLayout] | None = {}
-    if windows.factor is not None:
-        read = {e.array for e in walk(windows.factor) if isinstance(e, Load | Code)}
-        specs = {name: spec for name, spec in place.specs.items() if name in read}
-        layouts = blocked_layouts(windows.factor, specs, BLOCK)
-    return None if layouts is None else WindowsKernel(place, windows, layouts)
+    layouts = factor_layouts(windows.factor, place)
+    return None if layouts is None else WindowsKernel(place, windows.factor, layouts, windows)
