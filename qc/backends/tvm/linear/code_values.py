@@ -2,9 +2,9 @@
 
 Three ways, for functions of a code alone that can be tabulated:
 
-    planes    up to 16 values: a table for each byte of a float32, looked up for a whole vector of
-              codes at once; interleaving them gives floats. Bytes that are 0 in all values, such
-              as the lower half of a bfloat16, cost nothing.
+    planes    up to 32 values: a table for each byte of a float32, looked up for a whole vector of
+              codes at once, 16 entries at a time; interleaving them gives floats. Bytes that are 0
+              in all values, such as the lower half of a bfloat16, cost nothing.
     halves    small floats: the byte is the top of a float16 after one shift and one mask
     integers  the code itself: bytes are widened and converted
 
@@ -37,6 +37,10 @@ from qc.ir.weights.weight import ArraySpec
 
 TABLE = 16
 """Entries that one instruction looks bytes up in."""
+
+MOST_TABLE_BITS = 5
+"""Codes of tables that are looked up part by part. Four parts of three planes do not fit the
+registers: 4.7 cycles for 8 weights on Zen 3, where windows of two codes take 4."""
 
 LANE_BYTES = 16
 """Bytes inside which x86 interleaves."""
@@ -86,10 +90,11 @@ class CodeValues(ABC):
 
 @dataclass(frozen=True)
 class Planes(CodeValues):
-    """The `count` upper bytes of float32 values, each looked up in a table of 16."""
+    """The `count` upper bytes of float32 values, each looked up in `parts` tables of 16."""
 
     value: Expr
     count: int
+    parts: int = 1
 
     @property
     def by_block(self) -> bool:
@@ -97,20 +102,23 @@ class Planes(CodeValues):
         return BLOCK_INDEX in walk(self.value)
 
     def tables(self, arrays: Mapping[str, Tensor], bits: int, blocks: int) -> Tensor:
-        """Return the tables u8[blocks or 1, planes, 16], the lowest byte first."""
+        """Return the tables u8[blocks or 1, planes, parts * 16], the lowest byte first."""
         found = tabulated(self.value, arrays, bits, blocks if self.by_block else 1)
-        padded = torch.nn.functional.pad(found, (0, TABLE - found.shape[1])).contiguous()
-        planes: Tensor = padded.view(torch.uint8).unflatten(1, (TABLE, 4)).transpose(1, 2)
+        size = TABLE * self.parts
+        padded = torch.nn.functional.pad(found, (0, size - found.shape[1])).contiguous()
+        planes: Tensor = padded.view(torch.uint8).unflatten(1, (size, 4)).transpose(1, 2)
         return planes[:, -self.count :]
 
     def load(self, buffer: Any, block: Any) -> list[Any]:
-        """Load the tables of a block, each repeated over the vector."""
+        """Load the tables of a block, each repeated over the vector: all parts of each plane."""
         found = []
         for plane in range(self.count):
-            at = [block if self.by_block else T.int64(0), T.int64(plane), span(0, TABLE)]
-            table = T.Bind(buffer[at])
-            copies = self.size // TABLE
-            found.append(T.Bind(shuffled([table] * copies, [*range(TABLE)] * copies)))
+            for part in range(self.parts):
+                entries = span(part * TABLE, TABLE)
+                at = [block if self.by_block else T.int64(0), T.int64(plane), entries]
+                table = T.Bind(buffer[at])
+                copies = self.size // TABLE
+                found.append(T.Bind(shuffled([table] * copies, [*range(TABLE)] * copies)))
         return found
 
     def byte_of(self, number: int, lane: int) -> int:
@@ -118,9 +126,12 @@ class Planes(CodeValues):
         return LANE_BYTES * part + 4 * number + byte
 
     def widen(self, codes: Any, planes: list[Any]) -> list[Any]:
-        kind = f"uint8x{self.size}"
         zero = splat(T.uint8(0), self.size)
-        found = [T.Bind(T.reinterpret(kind, looked_up(p, codes, self.size))) for p in planes]
+        places = self.places(codes)
+        found = [
+            self.plane(planes[start : start + self.parts], places)
+            for start in range(0, len(planes), self.parts)
+        ]
         bytes = [zero] * (4 - self.count) + found
         low = bytes[:2] if self.count > 2 else None
         floats = []
@@ -131,6 +142,26 @@ class Planes(CodeValues):
                 bits = interleaved(lower, upper, quarter, 2)
                 floats.append(T.Bind(T.reinterpret(f"float32x{self.lanes}", bits)))
         return floats
+
+    def places(self, codes: Any) -> list[Any]:
+        """Return the codes for each part of a table: with the top bit set, they find 0, where they
+        name an entry of another part."""
+        if self.parts == 1:
+            return [codes]
+        found = []
+        for part in range(self.parts):
+            own = T.bitwise_xor(codes, splat(T.uint8(TABLE * part), self.size)) if part else codes
+            found.append(T.Bind(own + splat(T.uint8(0x70), self.size)))
+        return found
+
+    def plane(self, tables: list[Any], places: list[Any]) -> Any:
+        """Look one byte of all values up."""
+        kind = f"uint8x{self.size}"
+        found = [
+            T.reinterpret(kind, looked_up(table, place, self.size))
+            for table, place in zip(tables, places, strict=True)
+        ]
+        return T.Bind(reduce(T.bitwise_or, found))
 
 
 def looked_up(table: Any, codes: Any, size: int) -> Any:
@@ -263,8 +294,9 @@ def choose_values(
     """Choose how to widen codes that mean `value`; None where no way does."""
     size, bits = target.vector_bytes, code.width
     stored = any(isinstance(each, Load | Code) for each in walk(value))
-    if bits <= TABLE_BITS and target.has("ssse3"):
-        return Planes(size, value, planes_of(value, bits, specs))
+    if bits <= (MOST_TABLE_BITS if stored else TABLE_BITS) and target.has("ssse3"):
+        parts = max(1, (1 << bits) // TABLE)
+        return Planes(size, value, planes_of(value, bits, specs), parts)
     if stored:
         return None
     if value == ToFloat(CODE):

@@ -89,7 +89,7 @@ class CodedKernel(TermKernel):
         shape = (codes.blocks, codes.block_bytes)
         self.place.declare(signature, CODES, "uint8", shape, codes.repack)
         if isinstance(values, Planes):
-            tables = (codes.blocks if values.by_block else 1, values.count, 16)
+            tables = (codes.blocks if values.by_block else 1, values.count, 16 * values.parts)
             repack = partial(values.tables, bits=codes.bits, blocks=codes.blocks)
             self.place.declare(signature, TABLES, "uint8", tables, repack)
         for prefix, layouts in (("rows.", self.along_rows), ("columns.", self.along_columns)):

@@ -29,7 +29,7 @@ from qc.backends.tvm.linear.plan import ArrayLayout
 from qc.backends.tvm.linear.skeleton import Signature
 from qc.backends.tvm.linear.stored import laid_out
 from qc.backends.tvm.linear.term import Place, TermKernel
-from qc.backends.tvm.linear.vectors import float_lanes, halves_to_float, span
+from qc.backends.tvm.linear.vectors import float_lanes, halves_to_float, pure, span
 from qc.ir.weights.affine import affine_of, simplify
 from qc.ir.weights.expression import (
     COL,
@@ -60,6 +60,8 @@ FIRST_CACHE = 1 << 14
 
 WIDTHS = (32, 64)
 """Columns of a step: so many that a step ends with a byte."""
+
+EXTRACT = "llvm.x86.bmi.bextr.64"
 
 WORD = 64
 """Bits that are loaded together. Shorter words, or single bytes, LLVM would load as vectors, and
@@ -113,12 +115,6 @@ class Windows:
     def uses_halves(self) -> bool:
         """Say whether tables are float16: only where float32 is too large for the first cache."""
         return self.halves and 4 * self.entries > FIRST_CACHE
-
-    @property
-    def up(self) -> int:
-        """Bits by which windows are shifted up to be the places of entries: machines scale an
-        index by up to 8 bytes, the rest is done by a shift that is there anyway."""
-        return max(0, (self.dim * self.entry_bytes).bit_length() - 4)
 
     @property
     def width(self) -> int:
@@ -331,16 +327,27 @@ class Words:
             self.first = bit // 8 * 8
             at = span(self.start + self.first // 8, WORD // 8)
             self.word = T.Bind(T.reinterpret("uint64", self.reader.bits[self.reader.output, at]))
-        up = windows.up
-        down = bit - self.first - up
-        mask = T.uint64(((1 << part.bits) - 1) << up)
-        moved = self.word
-        if down > 0:
-            moved = T.shift_right(moved, T.uint64(down))
-        elif down < 0:
-            moved = T.shift_left(moved, T.uint64(-down))
-        entry = T.Bind(T.Cast("int64", T.bitwise_and(moved, mask)))
-        return entry * (windows.dim >> up)
+        return self.extracted(bit - self.first, part.bits)
+
+    def extracted(self, bit: int, bits: int) -> Any:
+        """Return where the entry that some bits of the word name starts in its table.
+
+        Machines scale an index by up to 8 bytes, and some have an instruction that takes bits out
+        of a word; larger entries need a shift, which then does both.
+        """
+        windows = self.reader.windows
+        up = max(0, (windows.dim * windows.entry_bytes).bit_length() - 4)
+        if not up and self.reader.kernel.place.target.has("bmi1"):
+            control = T.uint64(bits << 8 | bit)
+            found = pure("uint64", EXTRACT, self.word, control)
+        else:
+            moved, down = self.word, bit - up
+            if down > 0:
+                moved = T.shift_right(moved, T.uint64(down))
+            elif down < 0:
+                moved = T.shift_left(moved, T.uint64(-down))
+            found = T.bitwise_and(moved, T.uint64(((1 << bits) - 1) << up))
+        return T.Bind(T.Cast("int64", found)) * (windows.dim >> up)
 
 
 def windows_term(place: Place) -> TermKernel | None:

@@ -27,6 +27,7 @@ FORMATS = (
     "e4m3b11·col·scale(e5m2·row)", "int4·o128·min", "int8·o16", "int6·t16x16·zero", "int3·tensor",
     "int3·g16·min·scale(int3·o16·min)·minimum(int3·o16·min)", "uint4·g16·scale(uint8·row)",
     "int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)", "lookup1·tensor",
+    "lookup5·tensor", "lookup5·t32xall·by(g32)",
 )  # fmt: skip
 
 SIZES = ((33, 129), (7, 33), (48, 576), (31, 63), (3, 32), (16, 127))
@@ -48,7 +49,7 @@ def cases(formats: tuple[str, ...] = FORMATS) -> list[Case]:
 
 
 QUICK = ("nvfp4", "fp6", "int4·o128·min")
-"""A table, halves and column factors; LLVM takes one to two seconds for a kernel."""
+"""Tables, halves and column factors; LLVM takes one to two seconds for a kernel."""
 
 
 def test_products_are_exact_up_to_rounding() -> None:
@@ -103,6 +104,7 @@ def test_tables_are_looked_up_a_byte_a_lane(target: Target, register: str) -> No
         ("fp4", (Planes, 2)),  # all values are bfloat16
         ("nf4·g64", (Planes, 3)),  # a float16 has 10 bits of mantissa
         ("lookup4·tensor", (Planes, 3)),
+        ("lookup5·tensor", (Planes, 3)),
         ("int4·o16", (Planes, 2)),
         ("int8·o16", (Integers, None)),
         ("e4m3·row", (Halves, (1, 0xBFFF))),

@@ -16,7 +16,7 @@ from tests.backends.tvm.linear.cases import Case, compile_cases, worst_error
 FORMATS = (
     "codebook2x8·d8", "codebook1x8·d2", "trellis2·w10", "lookup6·tensor", "codebook1x12·d8",
     "codebook1x6·d2", "codebook3x5·d4", "trellis1.5·d2·w9", "trellis2.5·d2·w8", "trellis3·w9",
-    "lookup5·tensor", "lookup8·tensor", "trellis1·w6",
+    "lookup7·tensor", "lookup8·tensor", "trellis1·w6",
 )  # fmt: skip
 
 SIZES = ((33, 129), (48, 96), (7, 33), (16, 31), (3, 127), (17, 7), (31, 64))
