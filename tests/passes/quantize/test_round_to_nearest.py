@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,11 +71,13 @@ def test_no_weight_moves_further_than_its_grid_allows(
 
 
 @given(formats(), st.floats(-4, 4), st.sampled_from((1, 7, 33)))
+@example(GroupedFormat(7, None, "zero"), 0.001388731625493765, 1)
 def test_a_group_of_equal_weights_is_kept(
     format: GroupedFormat, constant: float, cols: int
 ) -> None:
     dense = round_to_nearest(torch.full((2, cols), constant), format).dense()
-    assert dense.sub(constant).abs().max() <= 2 * HALF * abs(constant) + 1e-6
+    subnormal = format.top * 2.0**-25  # a float16 scale below 2**-14 is off by up to 2**-25
+    assert dense.sub(constant).abs().max() <= 2 * HALF * abs(constant) + subnormal + 1e-6
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
