@@ -40,22 +40,29 @@ class Target:
 
 
 V2 = frozenset({"sse3", "ssse3", "sse4_1", "sse4_2", "popcnt"})
-V3 = V2 | {"avx", "avx2", "fma", "f16c", "bmi1", "bmi2"}
+V3 = V2 | {"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}
 V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 VNNI = V4 | {"avx512_vnni"}
-AMX = VNNI | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}
+VBMI = VNNI | {
+    "avx512ifma", "avx512vbmi", "avx512_vbmi2", "avx512_bitalg", "avx512_vpopcntdq",
+    "gfni", "vaes", "vpclmulqdq",
+}  # fmt: skip
+AMX = VBMI | {"avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8"}
 
 CPUS = {
     "x86_64-v2": Target("cpu", "x86_64-v2", V2, 16, "x86-64-v2", 2.5, 3.0),
     "x86_64-v3": Target("cpu", "x86_64-v3", V3, 32, "x86-64-v3", 3.0, 4.0),
     "x86_64-v4": Target("cpu", "x86_64-v4", V4, 64, "x86-64-v4", 2.5, 4.0),
-    "avx512-vnni": Target("cpu", "avx512-vnni", VNNI, 64, "icelake-server", 2.6, 4.0),
+    "avx512-vnni": Target("cpu", "avx512-vnni", VNNI, 64, "cascadelake", 2.5, 4.0),
+    "avx512-vbmi": Target("cpu", "avx512-vbmi", VBMI, 64, "icelake-server", 2.6, 4.0),
     "avx512-amx": Target("cpu", "avx512-amx", AMX, 64, "sapphirerapids", 2.1, 5.0),
 }
 """Every CPU target by architecture, from the least to the most capable.
 
-Clocks are base clocks of server parts (Westmere, Haswell to Zen 3, Skylake-SP, Ice Lake-SP,
-Sapphire Rapids). A core keeps 10 to 16 cache lines in flight to a memory 60 to 100 ns away: 7 to 13
+The features are all vector instruction sets that LLVM may use for its CPU of that name: what lacks
+one of them (a Cascade Lake lacks VBMI) must not be taken for it.
+Clocks are base clocks of server parts (Westmere, Haswell to Zen 3, Skylake-SP, Cascade Lake, Ice
+Lake-SP and Zen 4, Sapphire Rapids). A core keeps 10 to 16 cache lines in flight to a memory 60 to 100 ns away: 7 to 13
 GB/s. Two vector units do a multiplication and an addition each, or one integer operation each.
 """
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tvm
 from torch import nn
 
 import qc
-from qc.backends.tvm.build import as_numpy, c_compiler
+from qc.backends.tvm.build import as_numpy, c_compiler, llvm_target
 from qc.errors import TargetError
+from qc.ir.target import CPUS
 
 MODEL = nn.Sequential(nn.Linear(24, 8), nn.Tanh()).eval()
 EXAMPLE = (torch.zeros(3, 24),)
@@ -83,3 +86,17 @@ def test_every_kernel_has_its_source_beside_it(tmp_path: Path) -> None:
     library = (tmp_path / "m" / "model.so").read_bytes()
     assert b"/tmp" not in library  # equal wherever it was compiled
     assert all(f"__tvm_ffi_{kernel}".encode() in library for kernel in kernels)
+
+
+VECTOR_SETS = re.compile("avx|amx|sse|ssse|bmi|fma|f16c|lzcnt|movbe|popcnt|gfni|vaes|vpclmul")
+SPELLED = {"bmi": "bmi1", "lzcnt": "abm", "sse": "sse3", "sse2": "sse3"}
+
+
+@pytest.mark.parametrize("architecture", CPUS)
+def test_a_target_asks_for_every_instruction_set_that_llvm_may_use(architecture: str) -> None:
+    """A Cascade Lake has VNNI, but not the VBMI that LLVM uses for an Ice Lake."""
+    target = CPUS[architecture]
+    used = tvm.target.codegen.llvm_get_cpu_features(llvm_target(target))
+    names = {SPELLED.get(each, each) for each in used if VECTOR_SETS.match(each)}
+    plain = {re.sub("[-_.]", "", feature) for feature in target.features}
+    assert {re.sub("[-_.]", "", name) for name in names} <= plain
