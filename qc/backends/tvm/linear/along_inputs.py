@@ -13,13 +13,13 @@ from tvm.tirx.script import builder as T
 from qc.backends.tvm.linear.bit_serial_reader import shuffled
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK
-from qc.backends.tvm.linear.panels import add_tile, new_panel, reader_of
+from qc.backends.tvm.linear.panels import add_tile, clear_outputs, new_panel, reader_of
 from qc.backends.tvm.linear.plan import BLOCK_INDEX, ArrayLayout, VectorPlan, blocked_layouts
 from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.stored import laid_out
 from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel
-from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lanes
+from qc.backends.tvm.linear.vectors import added, float_lanes, span, splat, sum_of_lanes
 from qc.ir.weights.expression import Code, Const, Expr, Load, walk
 
 CHAINS = 8  # sums of an output: two additions a cycle, each ready after four
@@ -170,20 +170,8 @@ class AlongInputs(TermKernel):
 
             self.each_vector(read(T.Bind(block * BLOCK + number)), store)
         if self.place.outer % BLOCK:
-            with (
-                T.serial(self.outputs(block), T.int64(BLOCK)) as number,
-                T.serial(T.int64(0), T.int64(self.place.inner)) as column,
-            ):
-                T.buffer_store(panel, T.float32(0), [column * BLOCK + number])
+            clear_outputs(panel, self.place.inner, self.outputs(block))
         return panel
-
-
-def added(values: Sequence[Any]) -> Any:
-    """Add values up in pairs: few wait for each other."""
-    if len(values) == 1:
-        return values[0]
-    middle = len(values) // 2
-    return added(values[:middle]) + added(values[middle:])
 
 
 def factor_layouts(factor: Expr | None, place: Place) -> dict[str, ArrayLayout] | None:

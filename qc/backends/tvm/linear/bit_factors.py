@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.code_products import CODE, factors_of, product
+from qc.backends.tvm.linear.code_products import CODE, factors_of, product, replaced
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK, STEP, in_blocks
 from qc.backends.tvm.linear.panels import FLOAT_TILES, add_tile, new_panel, reader_of
@@ -38,7 +38,6 @@ from qc.ir.weights.expression import (
     Load,
     TorchRendering,
     is_structural,
-    rebuild,
     walk,
 )
 
@@ -336,11 +335,6 @@ def bit_products(expr: Expr) -> BitProducts | None:
 def is_sum(expr: Expr) -> bool:
     """Say whether an expression is a sum."""
     return isinstance(expr, Arith) and expr.kind == "add"
-
-
-def replaced(expr: Expr, code: Code) -> Expr:
-    """Put CODE in place of a code."""
-    return CODE if expr == code else rebuild(expr, lambda each: replaced(each, code))
 
 
 def separated(factors: list[Expr]) -> tuple[Expr, Expr] | None:

@@ -20,12 +20,12 @@ from tvm.tirx.script import builder as T
 from qc.backends.tvm.linear.codes import Part
 from qc.backends.tvm.linear.layout import (
     BLOCK,
-    PIECES,
     QUADS,
     ROWS_AT_ONCE,
     STEP,
     Piece,
     in_blocks,
+    pieces_of,
 )
 from qc.backends.tvm.linear.vectors import prefetch, span
 from qc.ir.weights.packing import unpack_codes
@@ -66,11 +66,7 @@ class CodeLanes:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """How codes are split."""
-        found, shift = [], 0
-        for width in PIECES.get(self.bits, (1,)):
-            found.append(Piece(width, shift))
-            shift += width
-        return tuple(found)
+        return pieces_of(self.bits)
 
     def repack(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Return the stream u8[blocks, block_bytes]."""

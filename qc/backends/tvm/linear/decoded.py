@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 from qc.backends.tvm.linear.forms import STEP, FormPart, factored
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK
-from qc.backends.tvm.linear.panels import add_tile, new_panel, reader_of
+from qc.backends.tvm.linear.panels import add_tile, clear_outputs, new_panel, reader_of
 from qc.backends.tvm.linear.plan import BLOCK_INDEX, VectorPlan, plan_vectors
 from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
@@ -204,11 +204,7 @@ class DecodedKernel(TermKernel):
         with T.serial(T.int64(0), self.rows_of(block)) as number:
             all_columns(rendering.within({ROW: T.Bind(block * BLOCK + number)}))
         if self.place.outer % BLOCK:
-            with (
-                T.serial(self.rows_of(block), T.int64(BLOCK)) as number,
-                T.serial(T.int64(0), T.int64(self.place.inner)) as column,
-            ):
-                T.buffer_store(panel, T.float32(0), [column * BLOCK + number])
+            clear_outputs(panel, self.place.inner, self.rows_of(block))
         return panel
 
     def store_columns(

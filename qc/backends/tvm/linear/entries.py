@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,15 @@ from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering, widen
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.stored import declare_plain, plain_arrays
 from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel
-from qc.backends.tvm.linear.vectors import float_lanes, prefetch, span, splat, sum_of_lanes, typed
+from qc.backends.tvm.linear.vectors import (
+    added,
+    float_lanes,
+    prefetch,
+    span,
+    splat,
+    sum_of_lanes,
+    typed,
+)
 from qc.ir.weights.expression import (
     ENTRY,
     LANE,
@@ -34,14 +42,6 @@ TOGETHER = 8
 single row of x each of them has sums of its own. Outliers crowd in some outputs (in a gate
 projection of SmolLM2 half of a block's belong to one), and a sum that waits for the one before it
 takes about 11 cycles on Zen 3, through memory."""
-
-
-def added(parts: Sequence[Any]) -> Any:
-    """Add vectors in pairs: few additions wait for one another."""
-    while len(parts) > 1:
-        pairs = zip(parts[::2], parts[1::2], strict=False)
-        parts = [*(a + b for a, b in pairs), *parts[len(parts) // 2 * 2 :]]
-    return parts[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ STEP = 32
 QUADS = STEP // 4
 ROWS_AT_ONCE = 4096  # unpacked codes take a byte each: bounds what repacking needs
 
-PIECES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+PIECES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths of the pieces of a code, from its low bits."""
 
 
@@ -45,6 +45,12 @@ class Piece:
     @property
     def start(self) -> int:
         return 4 * BLOCK * self.shift
+
+
+def pieces_of(bits: int) -> tuple[Piece, ...]:
+    """Cut codes of `bits` bits into pieces."""
+    widths = PIECES[bits]
+    return tuple(Piece(width, sum(widths[:number])) for number, width in enumerate(widths))
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,12 @@ def fields_of(bits: int) -> tuple[tuple[Field, ...], ...]:
     if bits == 3:
         return THREE_BITS
     quads: list[list[Field]] = [[] for _ in range(QUADS)]
-    vector = shift = 0
-    for width in PIECES[bits]:
+    for piece in pieces_of(bits):
         for quad, fields in enumerate(quads):
-            number, place = divmod(quad, 8 // width)
-            fields.append(Field(vector + number, place * width, width, shift))
-        vector, shift = vector + width, shift + width
+            number, place = divmod(quad, 8 // piece.width)
+            fields.append(
+                Field(piece.shift + number, place * piece.width, piece.width, piece.shift)
+            )
     return tuple(map(tuple, quads))
 
 

@@ -22,6 +22,15 @@ def new_panel(inner: int) -> Any:
     return T.alloc_buffer((inner * BLOCK,), "float32", layout=None)
 
 
+def clear_outputs(panel: Any, inner: int, first: Any) -> None:
+    """Emit zeros for the outputs from `first` on, which a block at the end of a matrix lacks."""
+    with (
+        T.serial(first, T.int64(BLOCK)) as number,
+        T.serial(T.int64(0), T.int64(inner)) as column,
+    ):
+        T.buffer_store(panel, T.float32(0), [column * BLOCK + number])
+
+
 def reader_of(panel: Any, lanes: int) -> ReadWeight:
     """Return how to read a panel."""
     return lambda inner, first: panel[span(inner * BLOCK + first, lanes)]

@@ -21,7 +21,7 @@ from qc.backends.tvm.linear.bit_serial_reader import shuffled
 from qc.backends.tvm.linear.code_products import CODE, TABLE_BITS, in_segments, own_code, replaced
 from qc.backends.tvm.linear.code_values import PLANES, TABLE, Planes
 from qc.backends.tvm.linear.codes import Part
-from qc.backends.tvm.linear.layout import PIECES, ROWS_AT_ONCE, STEP, Piece
+from qc.backends.tvm.linear.layout import ROWS_AT_ONCE, STEP, Piece, pieces_of
 from qc.backends.tvm.linear.skeleton import Signature
 from qc.backends.tvm.linear.term import Place, TermKernel
 from qc.backends.tvm.linear.vectors import prefetch, span
@@ -63,8 +63,7 @@ class RowCodes:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """How codes are split."""
-        widths = PIECES.get(self.bits, (1,))
-        return tuple(Piece(w, sum(widths[:n])) for n, w in enumerate(widths))
+        return pieces_of(self.bits)
 
     @property
     def vectors(self) -> int:

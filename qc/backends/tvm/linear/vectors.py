@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tvm
@@ -77,6 +78,14 @@ def bfloats_to_float(bits: Any, lanes: int) -> Any:
 def sum_of_lanes(values: Any) -> Any:
     """Add the lanes of a float32 vector, in order."""
     return pure("float32", "llvm.vector.reduce.fadd", T.float32(0), values)
+
+
+def added(values: Sequence[Any]) -> Any:
+    """Add values up in pairs: few additions wait for one another."""
+    if len(values) == 1:
+        return values[0]
+    middle = len(values) // 2
+    return added(values[:middle]) + added(values[middle:])
 
 
 def float_lanes(target: Target) -> int:

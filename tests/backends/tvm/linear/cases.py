@@ -19,9 +19,18 @@ from qc.ir.quantized import QuantizedTensor, quantize_activation, split_groups
 from qc.ir.target import Target
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.dense import dense_weight
+from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Term, TermFormat, Weight
 
 ROWS = symbol("rows")
+
+
+G32 = ActivationFormat(8, 32)
+
+
+def term(text: str) -> TermFormat:
+    """Return the format of a weight of one term."""
+    return parse_weights(text).terms[0]
 
 
 def random_term(format: TermFormat, outer: int, inner: int) -> Term:
@@ -172,3 +181,18 @@ def worst_error(
             error = error if error == error else float("inf")
             worst[case] = max(worst.get(case, 0.0), error)
     return worst
+
+
+def in_turns(formats: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[Case]:
+    """Give every format a size, the sizes and the activations in turns, where it can be stored."""
+    found = [
+        Case(*sizes[number % len(sizes)], (term(text),), (None, G32)[number % 2])
+        for number, text in enumerate(formats)
+    ]
+    return [case for case in found if case.formats[0].refusal((case.outer, case.inner)) is None]
+
+
+def assert_exact(rule: KernelRule, cases: Sequence[Case], target: Target) -> None:
+    """Check that one row and several are right up to float32 rounding."""
+    errors = worst_error(rule, cases, target, rows=(1, 7))
+    assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])

@@ -12,14 +12,17 @@ from qc.backends.tvm.linear.code_products import code_products
 from qc.backends.tvm.linear.code_values import CodeValues, Halves, Integers, Planes, choose_values
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.ir.target import CPUS, Target, host_cpu
-from qc.ir.types import ActivationFormat
 from qc.ir.weights.expression import COL, ROW
-from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.packing import pack_codes
-from qc.ir.weights.weight import TermFormat
-from tests.backends.tvm.linear.cases import Case, build, compile_cases, worst_error
-
-G32 = ActivationFormat(8, 32)
+from tests.backends.tvm.linear.cases import (
+    Case,
+    assert_exact,
+    build,
+    compile_cases,
+    in_turns,
+    term,
+    worst_error,
+)
 
 FORMATS = (
     "fp4", "nvfp4", "mxfp4", "nf4·g64", "e2m1·g16", "lookup4·tensor", "lookup3·t64xall",
@@ -34,40 +37,25 @@ SIZES = ((33, 129), (7, 33), (48, 576), (31, 63), (3, 32), (16, 127))
 """Outputs and inputs: blocks and steps that are full, and that are not."""
 
 
-def term(text: str) -> TermFormat:
-    """Return a format."""
-    return parse_weights(text).terms[0]
-
-
-def cases(formats: tuple[str, ...] = FORMATS) -> list[Case]:
-    """Every format in a size of its own, the activations in turns."""
-    found = []
-    for number, text in enumerate(formats):
-        outer, inner = SIZES[number % len(SIZES)]
-        found.append(Case(outer, inner, (term(text),), (None, G32)[number % 2]))
-    return [case for case in found if case.formats[0].refusal((case.outer, case.inner)) is None]
-
-
 QUICK = ("nvfp4", "fp6", "int4·o128·min")
 """Tables, halves and column factors; LLVM takes one to two seconds for a kernel."""
 
 
 def test_products_are_exact_up_to_rounding() -> None:
-    errors = worst_error(linear_rule, cases(QUICK), host_cpu(), rows=(1, 7))
-    assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
+    assert_exact(linear_rule, in_turns(QUICK, SIZES), host_cpu())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=lambda case: str(case.formats[0]))
+@pytest.mark.parametrize("case", in_turns(FORMATS, SIZES), ids=lambda case: str(case.formats[0]))
 def test_every_format_is_exact_up_to_rounding(case: Case) -> None:
     for target in (CPUS["x86_64-v2"], host_cpu()):
-        assert max(worst_error(linear_rule, [case], target, rows=(1, 7)).values()) < 1e-5
+        assert_exact(linear_rule, [case], target)
 
 
 @pytest.mark.fast_rules
 def test_the_rule_takes_every_case() -> None:
     for target in (CPUS["x86_64-v2"], CPUS["x86_64-v3"], CPUS["avx512-vnni"]):
-        kernels = compile_cases(linear_rule, cases(), target)
+        kernels = compile_cases(linear_rule, in_turns(FORMATS, SIZES), target)
         assert {kernel.rule for kernel in kernels} == {"linear_coded"}
 
 
@@ -75,7 +63,7 @@ def test_the_rule_takes_every_case() -> None:
 def test_kernels_of_64_bytes_are_right_where_nothing_is_looked_up() -> None:
     """Any machine can run 64-byte vectors, split by LLVM; lookups need the instruction."""
     wide = replace(CPUS["x86_64-v4"], llvm_cpu=host_cpu().llvm_cpu)
-    chosen = cases(("fp8", "int6·t16x16·zero"))
+    chosen = in_turns(("fp8", "int6·t16x16·zero"), SIZES)
     errors = worst_error(linear_rule, chosen, wide, rows=(1, 13))
     assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
 

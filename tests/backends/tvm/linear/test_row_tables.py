@@ -9,11 +9,15 @@ from qc.backends.tvm.linear.row_tables import RowCodes, RowTables, row_tables_te
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.backends.tvm.linear.term import Place
 from qc.ir.target import CPUS, Target, host_cpu
-from qc.ir.types import ActivationFormat
-from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.packing import pack_codes
-from qc.ir.weights.weight import TermFormat
-from tests.backends.tvm.linear.cases import Case, build, compile_cases, worst_error
+from tests.backends.tvm.linear.cases import (
+    Case,
+    assert_exact,
+    build,
+    compile_cases,
+    in_turns,
+    term,
+)
 
 FORMATS = (
     "lookup4·row", "lookup4·g128", "lookup2·row", "lookup4·t3xall", "lookup1·row", "lookup3·row",
@@ -23,35 +27,21 @@ FORMATS = (
 SIZES = ((33, 129), (7, 576), (48, 96), (31, 63), (1, 127), (17, 256), (16, 513))
 
 
-def term(text: str) -> TermFormat:
-    """Return a format."""
-    return parse_weights(text).terms[0]
-
-
-def cases() -> list[Case]:
-    """Every format in a size of its own, the activations in turns."""
-    return [
-        Case(*SIZES[n], (term(text),), (None, ActivationFormat(8, 32))[n % 2])
-        for n, text in enumerate(FORMATS)
-    ]
-
-
 def test_products_are_exact_up_to_rounding() -> None:
-    errors = worst_error(linear_rule, cases()[:2], host_cpu(), rows=(1, 7))
-    assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
+    assert_exact(linear_rule, in_turns(FORMATS, SIZES)[:2], host_cpu())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=lambda case: str(case.formats[0]))
+@pytest.mark.parametrize("case", in_turns(FORMATS, SIZES), ids=lambda case: str(case.formats[0]))
 def test_every_format_is_exact_up_to_rounding(case: Case) -> None:
     for target in (CPUS["x86_64-v2"], host_cpu()):
-        assert max(worst_error(linear_rule, [case], target, rows=(1, 7)).values()) < 1e-5
+        assert_exact(linear_rule, [case], target)
 
 
 @pytest.mark.fast_rules
 def test_the_rule_takes_every_case() -> None:
     for target in (CPUS["x86_64-v2"], CPUS["x86_64-v3"], CPUS["avx512-vnni"]):
-        kernels = compile_cases(linear_rule, cases(), target)
+        kernels = compile_cases(linear_rule, in_turns(FORMATS, SIZES), target)
         assert {kernel.rule for kernel in kernels} == {"linear_row_tables"}
 
 

@@ -7,11 +7,14 @@ import pytest
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.backends.tvm.linear.windows import windows_of
 from qc.ir.target import CPUS, host_cpu
-from qc.ir.types import ActivationFormat
 from qc.ir.weights.expression import COL, ROW
-from qc.ir.weights.notation import parse_weights
-from qc.ir.weights.weight import TermFormat
-from tests.backends.tvm.linear.cases import Case, compile_cases, worst_error
+from tests.backends.tvm.linear.cases import (
+    Case,
+    assert_exact,
+    compile_cases,
+    in_turns,
+    term,
+)
 
 FORMATS = (
     "codebook2x8·d8", "codebook1x8·d2", "trellis2·w10", "lookup6·tensor", "codebook1x12·d8",
@@ -22,35 +25,21 @@ FORMATS = (
 SIZES = ((33, 129), (48, 96), (7, 33), (16, 31), (3, 127), (17, 7), (31, 64))
 
 
-def term(text: str) -> TermFormat:
-    """Return a format."""
-    return parse_weights(text).terms[0]
-
-
-def cases() -> list[Case]:
-    """Every format in a size of its own, the activations in turns."""
-    return [
-        Case(*SIZES[n % len(SIZES)], (term(text),), (None, ActivationFormat(8, 32))[n % 2])
-        for n, text in enumerate(FORMATS)
-    ]
-
-
 def test_products_are_exact_up_to_rounding() -> None:
-    errors = worst_error(linear_rule, cases()[:4], host_cpu(), rows=(1, 7))
-    assert max(errors.values()) < 1e-5, max(errors, key=lambda case: errors[case])
+    assert_exact(linear_rule, in_turns(FORMATS, SIZES)[:4], host_cpu())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=lambda case: str(case.formats[0]))
+@pytest.mark.parametrize("case", in_turns(FORMATS, SIZES), ids=lambda case: str(case.formats[0]))
 def test_every_format_is_exact_up_to_rounding(case: Case) -> None:
     for target in (CPUS["x86_64-v2"], host_cpu()):
-        assert max(worst_error(linear_rule, [case], target, rows=(1, 7)).values()) < 1e-5
+        assert_exact(linear_rule, [case], target)
 
 
 @pytest.mark.fast_rules
 def test_the_rule_takes_every_case() -> None:
     for target in (CPUS["x86_64-v3"], CPUS["avx512-vnni"]):
-        kernels = compile_cases(linear_rule, cases(), target)
+        kernels = compile_cases(linear_rule, in_turns(FORMATS, SIZES), target)
         assert {kernel.rule for kernel in kernels} == {"linear_windows"}
 
 
