@@ -62,8 +62,9 @@ CPUS = {
 The features are all vector instruction sets that LLVM may use for its CPU of that name: what lacks
 one of them (a Cascade Lake lacks VBMI) must not be taken for it.
 Clocks are base clocks of server parts (Westmere, Haswell to Zen 3, Skylake-SP, Cascade Lake, Ice
-Lake-SP and Zen 4, Sapphire Rapids). A core keeps 10 to 16 cache lines in flight to a memory 60 to 100 ns away: 7 to 13
-GB/s. Two vector units do a multiplication and an addition each, or one integer operation each.
+Lake-SP and Zen 4, Sapphire Rapids). A core keeps 10 to 16 cache lines in flight to a memory 60 to
+100 ns away: 7 to 13 GB/s. Two vector units do a multiplication and an addition each, or one integer
+operation each.
 """
 
 
