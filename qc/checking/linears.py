@@ -20,8 +20,9 @@ from qc.ir.weights.dense import DenseFormat
 from qc.ir.weights.weight import Weight, WeightFormat
 
 if TYPE_CHECKING:
-    from qc.backends.tvm.kernel import Kernel, Region
-    from qc.backends.tvm.linear.matching import LinearRegion
+    from qc.backends.linear_region import LinearRegion
+    from qc.backends.region import Region
+    from qc.backends.tvm.kernel import Kernel
 
 REFERENCE = "reference interpreter"
 SIXTEEN_BITS = WeightFormat((DenseFormat(torch.float16),))
@@ -54,8 +55,8 @@ def linears_of(graph: Graph, target: Target) -> list[PlannedLinear]:
 def require_kernels(graph: Graph, target: Target) -> None:
     """Refuse a planned graph with a linear that no kernel computes, without choosing kernels:
     what the rules for linears match, the last of them takes in any format."""
-    from qc.backends.tvm.kernel import region_of  # loads TVM
-    from qc.backends.tvm.linear.matching import match_linear
+    from qc.backends.linear_region import match_linear
+    from qc.backends.region import region_of
 
     for node in graph.nodes:
         if not isinstance(node.op, Fused):
@@ -93,8 +94,8 @@ class KernelChooser:
 
     def linears(self, node: Node) -> Iterator[PlannedLinear]:
         """Yield the linears inside a fused node that read stored weights."""
-        from qc.backends.tvm.kernel import region_of  # loads TVM
-        from qc.backends.tvm.linear.matching import match_linear
+        from qc.backends.linear_region import match_linear
+        from qc.backends.region import region_of
 
         if not isinstance(node.op, Fused):
             return

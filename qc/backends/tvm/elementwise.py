@@ -15,9 +15,10 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from qc.backends.region import Region
 from qc.backends.tvm.append import is_cache
 from qc.backends.tvm.function import Function, build, for_each, integer, known_product, span, store
-from qc.backends.tvm.kernel import Kernel, KernelRule, Region
+from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
 from qc.backends.tvm.linear.stored import laid_out_of, plain_layouts
 from qc.backends.tvm.linear.term import STORED_NAMES

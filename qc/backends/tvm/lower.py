@@ -17,15 +17,8 @@ import torch
 from torch import Tensor
 
 from qc.backends.artifact import dim_text
-from qc.backends.tvm.kernel import (
-    RESULT,
-    ArrayArgument,
-    Kernel,
-    KernelRule,
-    Region,
-    SizeArgument,
-    region_of,
-)
+from qc.backends.region import RESULT, ArrayArgument, Region, SizeArgument, region_of
+from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.errors import UnsupportedError
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
