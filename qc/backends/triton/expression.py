@@ -49,6 +49,8 @@ class Rendering:
     specs: Mapping[str, ArraySpec]
     names: Mapping[str, str]
     indices: Sequence[Index]
+    raw: bool = False
+    """Leave loads as they are stored."""
 
     def __post_init__(self) -> None:
         self.seen: dict[Expr, str] = {}
@@ -92,6 +94,8 @@ class Rendering:
         """Return one node over the variables of its operands."""
         match expr:
             case Load(array, index):
+                if self.raw:
+                    return f"tl.load({self.names[array]} + {self.flat(array, index)})"
                 kind = "float" if self.specs[array].dtype.is_floating_point else "int"
                 return f"decode.load_{kind}({self.names[array]} + {self.flat(array, index)})"
             case Code(array, index, position, width):

@@ -145,7 +145,7 @@ def ones(OUT: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def scaled(acc, product, factor):
     """acc + factor product, one factor an output."""
-    return acc + product * factor[:, None]
+    return acc + product * factor[:, None].to(tl.float32)
 
 
 @triton.jit

@@ -44,6 +44,7 @@ RUN = 32
 BLOCK = 16
 STEP, GROUP, REST = Index("step"), Index("group"), Index("rest")
 LARGEST_GROUP = 128
+LEAST_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Coded(Term):
         narrowest = min(
             (w for p in self.parts if p.stream for w, _ in planes_of(p.stream.bits)), default=4
         )
-        return max(self.group, 256 // narrowest)
+        return max(self.group, 256 // narrowest, LEAST_WIDTH)
 
     @property
     def unit(self) -> int:
@@ -123,12 +124,10 @@ class Coded(Term):
         if isinstance(part.factor, Const):
             return [f"{float(part.factor.value)!r}"] * groups
         turned, repacked = transposed(self.place, part.factor)
-        name, arrays = self.place.function(emission, turned, (ROW, GROUP), repacked)
-        found = []
-        for number in range(groups):
-            at = loop.group(emission, self.group, number)
-            found.append(emission.bind(f"{name}({loop.out}, {at}{arrays})"))
-        return list(found)
+        raw = isinstance(turned, Load)
+        name, arrays = self.place.function(emission, turned, (ROW, GROUP), repacked, raw)
+        call = f"{name}({loop.out}, {{}}{arrays})"
+        return [loop.loaded_ahead(emission, self.group, n, call) for n in range(groups)]
 
     def product(self, emission: Emission, loop: Loop, stream: Stream, start: int) -> str:
         """Write the product of the codes of a group with x; return its name."""

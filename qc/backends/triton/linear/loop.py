@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -59,6 +60,11 @@ class Term(ABC):
         """Write what adds the products of one step to an accumulator."""
 
 
+AHEAD = 1
+"""Steps that factors are loaded ahead (Triton pipelines no loop that passes values on further). It does the same for what it multiplies by tensor cores,
+through shared memory; factors stand behind the product, so they wait in registers."""
+
+
 @dataclass
 class Loop:
     """One loop while it is written. `out` holds the outputs of the tile, `block` the number of its
@@ -71,6 +77,12 @@ class Loop:
     block: str = "block"
     tiles: list[str] = field(default_factory=list)
     known: dict[str, str] = field(default_factory=dict)
+    first: str = "0"
+    last: str = "0"
+    ahead: list[str] = field(default_factory=list)
+    """Statements in front of the loop: what is loaded ahead for its first steps."""
+    moves: list[str] = field(default_factory=list)
+    """Statements at the end of its body, which pass on what was loaded ahead."""
 
     @property
     def even(self) -> bool:
@@ -88,13 +100,29 @@ class Loop:
         """Return the tile of x from channel `start` of the step on."""
         return self.tiles[start // self.unit]
 
-    def group(self, emission: Emission, size: int, number: int) -> str:
-        """Return the number of a group of `size` channels: of the step's, the number'th."""
+    def group(self, step: str, size: int, number: int, surely: bool) -> str:
+        """Return the number of a group of `size` channels: of a step's, the number'th. Where the
+        step is not `surely` one of the loop's, the last group at most."""
         per_step = self.width // size
-        at = "step" if per_step == 1 else f"step * {per_step}"
+        at = step if per_step == 1 else f"({step}) * {per_step}"
         at = f"{at} + {number}" if number else at
         last = -(-self.source.channels // size) - 1
-        return at if self.even else f"tl.minimum({at}, {last})"
+        return at if self.even and surely else f"tl.minimum({at}, {last})"
+
+    def loaded_ahead(self, emission: Emission, size: int, number: int, call: str) -> str:
+        """Write a load for a group, AHEAD steps before it is used: a cache miss then costs no
+        time. `call` has {} in place of the group."""
+        if self.steps <= AHEAD:
+            return emission.bind(call.format(self.group("step", size, number, True)))
+        emission.bound += 1
+        names = [f"t{emission.bound}_{n}" for n in range(AHEAD + 1)]
+        for n, name in enumerate(names[:-1]):
+            step = f"{self.first} + {n}" if n else self.first
+            self.ahead.append(f"{name} = {call.format(self.group(step, size, number, False))}")
+        at = self.group(f"step + {AHEAD}", size, number, False)
+        emission.line(f"{names[-1]} = {call.format(at)}")
+        self.moves += [f"{a} = {b}" for a, b in pairwise(names)]
+        return names[0]
 
     def sums(self, emission: Emission, start: int, size: int) -> str:
         """Write the sums of x over channels of the step, once; the same for all outputs."""
@@ -117,23 +145,33 @@ def emit_loop(
     width = max(term.width for _, term in terms)
     loop = Loop(source, width, min(term.unit for _, term in terms))
     x = declare(emission, source)
-    first, last = "0", str(loop.steps)
+    loop.first, loop.last = "0", str(loop.steps)
     if parts > 1:
         each = -(-loop.steps // parts)
         emission.line("part = tl.program_id(2)")
-        first, last = f"part * {each}", f"tl.minimum(part * {each} + {each}, {loop.steps})"
+        loop.first = f"part * {each}"
+        loop.last = f"tl.minimum(part * {each} + {each}, {loop.steps})"
     emission.line(f"places = inputs.places(rows, {source.stride}, {source.before}, {source.after})")
-    if loop.steps == 1:
-        emission.line("step = 0")
-    else:
-        emission.line(f"for step in tl.range({first}, {last}):")
+    looped, before = loop.steps > 1, emission.lines
+    emission.lines = []
+    if looped:
+        emission.line(f"for step in tl.range({loop.first}, {loop.last}):")
         emission.depth += 1
+    else:
+        emission.line("step = 0")
     emission.line(f"k = step * {width}")
     for start in range(0, width, loop.unit):
-        loop.tiles.append(emission.bind(tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)))
+        tile = tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)
+        loop.tiles.append(emission.bind(tile))
     for acc, term in terms:
         term.emit(emission, loop, acc)
+    for line in loop.moves:
+        emission.line(line)
     emission.depth = 1
+    body, emission.lines = emission.lines, before
+    for line in loop.ahead:
+        emission.line(line)
+    emission.lines += body
 
 
 def declare(emission: Emission, source: Source) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,11 +59,12 @@ class Place:
         emission: Emission,
         expr: Expr,
         indices: tuple[Index, ...],
-        repacked: dict[str, tuple[ArraySpec, Repack]] | None = None,
+        repacked: Mapping[str, tuple[ArraySpec, Repack]] | None = None,
+        raw: bool = False,
     ) -> tuple[str, str]:
         """Write a device function that computes `expr`; return its name and the arrays to pass.
 
-        `repacked` are arrays that are laid out for this kernel.
+        `repacked` are arrays that are laid out for this kernel. A `raw` load is not widened.
         """
         known = repacked or {}
         specs = {**self.specs, **{name: spec for name, (spec, _) in known.items()}}
@@ -71,7 +73,7 @@ class Place:
             pointers[array] = f"a{number}"
             repack = known[array][1] if array in known else None
             actual.append(emission.weight(self.operand, array, specs[array].dtype, repack))
-        name = emission.function(Rendering(specs, pointers, indices), expr)
+        name = emission.function(Rendering(specs, pointers, indices, raw), expr)
         return name, "".join(f", {each}" for each in actual)
 
     def stored(self, emission: Emission, name: str) -> str:

@@ -19,9 +19,10 @@ from qc.backends.triton.linear.stages import Stages, Step
 from qc.ir.types import Dim, as_dim
 
 DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "products")
-BUCKETS: tuple[int | None, ...] = (1, 4, 8, 16, 32, None)
-"""Rows that kernels are made for. Tensor cores take 8 rows at least, but a tile of fewer loads
-less of x and, on Blackwell, is what keeps Triton from the path through tensor memory."""
+BUCKETS: tuple[int | None, ...] = (4, 8, 16, 32, None)
+"""Rows that kernels are made for. Up to 4 rows are one bucket: a single row would not fill the
+4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows or more
+would send Triton through tensor memory on Blackwell."""
 LARGEST_TILE = 64
 MOST_PARTS = 8
 LEAST_STEPS = 4
