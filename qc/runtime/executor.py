@@ -99,8 +99,8 @@ class Program:
         """Return the steps that belong to a call of these sizes."""
         chosen = tuple(
             all(
-                low <= sizes[symbol] and (high is None or sizes[symbol] <= high)
-                for symbol, (low, high) in step.when.items()
+                low <= parse_expression(size)(sizes) <= (2**62 if high is None else high)
+                for size, (low, high) in step.when.items()
             )
             for step in self.manifest.steps
         )
