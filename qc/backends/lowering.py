@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import sympy
 import torch
@@ -29,14 +29,13 @@ from qc.ir.types import (
     DTYPE_NAMES,
     Dim,
     TensorType,
-    TupleType,
     as_dim,
     dim_symbols,
     symbol,
 )
 from qc.ir.weights.weight import ArraySpec
 from qc.runtime.expression import parse_expression
-from qc.runtime.manifest import KernelStep, Scalar, Step, TorchStep, Value, ValueArg
+from qc.runtime.manifest import KernelStep, Scalar, Step, Value, ValueArg
 
 Place = dict[str, int]
 """The buffers of one value of the graph: array name -> index into the program's values."""

@@ -70,6 +70,13 @@ class Glue:
         self.lines.append(f"{name} = {self.expression(function, arguments)}")
         return name
 
+    def calls(self, results: int, function: str, *arguments: object) -> list[str]:
+        """Write a call with several results; return their names."""
+        names = [f"v{self.counted + i}" for i in range(results)]
+        self.counted += results
+        self.lines.append(f"{', '.join(names)} = {self.expression(function, arguments)}")
+        return names
+
     def do(self, function: str, *arguments: object) -> None:
         """Write a call that has no result."""
         self.lines.append(self.expression(function, arguments))

@@ -16,8 +16,8 @@ import torch
 import tvm
 
 import qc.runtime
-from qc.backends.tvm.kernel import Kernel
 from qc.backends.lowering import Lowered
+from qc.backends.tvm.kernel import Kernel
 from qc.errors import TargetError
 from qc.ir.target import Target
 from qc.ir.threads import side_by_side

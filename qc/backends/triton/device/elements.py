@@ -80,18 +80,20 @@ def size(pointer):
 def load(pointer, offset, inside):
     """Values as what is computed with: half precision as float32."""
     found = tl.load(pointer + offset, mask=inside, other=0)
-    if found.dtype.is_floating() and found.dtype != tl.float64:
+    if found.dtype.is_floating():
         return found.to(tl.float32)
-    return found
+    else:
+        return found
 
 
 @triton.jit
 def load_one(pointer):
     """A number that is stored."""
     found = tl.load(pointer)
-    if found.dtype.is_floating() and found.dtype != tl.float64:
+    if found.dtype.is_floating():
         return found.to(tl.float32)
-    return found
+    else:
+        return found
 
 
 @triton.jit
