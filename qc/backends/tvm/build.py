@@ -16,8 +16,8 @@ import torch
 import tvm
 
 import qc.runtime
+from qc.backends.lowering import Lowered
 from qc.backends.tvm.kernel import Kernel
-from qc.backends.tvm.lower import Lowered
 from qc.errors import TargetError
 from qc.ir.target import Target
 from qc.ir.threads import side_by_side
@@ -84,7 +84,7 @@ def c_compiler() -> list[str]:
     raise TargetError("no C compiler is installed (tried cc, gcc and clang); building needs one")
 
 
-def write_program(lowered: Lowered, writer: ArtifactWriter, progress: Progress) -> None:
+def write_program(lowered: Lowered[Kernel], writer: ArtifactWriter, progress: Progress) -> None:
     """Put the weights, the library and the kernels' sources into an artifact."""
     progress("compile kernels", 0.0)
     library = writer.file(LIBRARY)
@@ -95,7 +95,9 @@ def write_program(lowered: Lowered, writer: ArtifactWriter, progress: Progress) 
     writer.add_weights(dict(tensor_sources(lowered, progress)))
 
 
-def tensor_sources(lowered: Lowered, progress: Progress) -> Iterator[tuple[str, TensorSource]]:
+def tensor_sources(
+    lowered: Lowered[Kernel], progress: Progress
+) -> Iterator[tuple[str, TensorSource]]:
     """Promise every stored array, computed shortly before its turn to be written comes."""
     promised = {v.tensor: v for v in lowered.values if v.tensor is not None}
     computed = side_by_side(lambda name: as_numpy(lowered.arrays[name]()), lowered.arrays)

@@ -129,8 +129,9 @@ def floordiv(a, b):
     """floor(a / b): integers round down, too, where the machine's division cuts off."""
     if a.dtype.is_floating():
         return tl.floor(a / b)
-    quotient = a // b
-    return quotient - ((quotient * b != a) & ((a < 0) != (b < 0))).to(quotient.dtype)
+    else:
+        quotient = a // b
+        return quotient - ((quotient * b != a) & ((a < 0) != (b < 0))).to(quotient.dtype)
 
 
 @triton.jit
@@ -204,9 +205,10 @@ def where(condition, a, b):
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """Convert; to bool by comparing with zero."""
-    if DTYPE == tl.int1:
+    if tl.int1 == DTYPE:
         return x != 0
-    return x.to(DTYPE)
+    else:
+        return x.to(DTYPE)
 
 
 @triton.jit
