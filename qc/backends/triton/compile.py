@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -22,29 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qc.backends.triton.emit import cache_folder, load_function
-from qc.backends.triton.kernel import Launch
+from qc.backends.triton.kernel import Cubin, Launch
 
 WARP = 32
-HIDDEN_PARAMETERS = 2
-"""Pointers that Triton appends to the parameters of every kernel: global and profile scratch."""
 ALIGNED = [["tt.divisibility", 16]]
-
-
-@dataclass(frozen=True)
-class Cubin:
-    """A compiled kernel. `name` is its entry point; `parameters` are Triton's types in order,
-    after which come `HIDDEN_PARAMETERS` null pointers. A block has 32 num_warps threads and
-    `shared_bytes` of dynamic shared memory. `registers` are a thread's, `spills` bytes of it."""
-
-    name: str
-    architecture: int
-    binary: bytes
-    ptx: str
-    shared_bytes: int
-    num_warps: int
-    parameters: tuple[str, ...]
-    registers: int
-    spills: int
 
 
 def compile_launch(launch: Launch, architecture: int, folder: Path | None = None) -> Cubin:

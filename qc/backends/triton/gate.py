@@ -1,6 +1,6 @@
 """What a compiled kernel is checked for without a GPU: the signs of code that cannot be fast.
 
-Counts are of machine instructions (SASS). The loop is the longest one of the kernel.
+Counts are of machine instructions (SASS). The loop is the longest one with tensor cores.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from qc.backends.triton.compile import WARP, Cubin, inspect
+from qc.backends.triton.compile import WARP, inspect
+from qc.backends.triton.kernel import Cubin
 
 INSTRUCTION = re.compile(
     r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)([^;]*);"
@@ -35,20 +36,21 @@ class Loop:
 
 
 def loop_of(cubin: Cubin) -> Loop:
-    """Disassemble a kernel; return its longest loop, a backward branch and what it repeats."""
+    """Disassemble a kernel; return its longest loop that multiplies: a backward branch and what it
+    repeats."""
     found = [
         (int(place, 16), name, rest)
         for place, name, rest in INSTRUCTION.findall(inspect(cubin.binary, "-sass"))
     ]
-    longest: list[str] = []
+    loops: list[list[str]] = []
     for place, name, rest in found:
         target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
         if target is None or int(target[1], 16) >= place:
             continue
         start = int(target[1], 16)
-        body = [each for at, each, _ in found if start <= at <= place]
-        longest = max(longest, body, key=len)
-    return Loop(tuple(longest))
+        loops.append([each for at, each, _ in found if start <= at <= place])
+    multiplying = [each for each in loops if any(name.startswith(TENSOR_CORES) for name in each)]
+    return Loop(tuple(max(multiplying or loops, key=len, default=[])))
 
 
 def instructions_per_weight(cubin: Cubin, weights: int) -> float:

@@ -5,7 +5,8 @@ Artifacts do not come this way (they hold finished kernels); tests and benchmark
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from qc.backends.region import RESULT, SizeArgument
 from qc.backends.triton.emit import load_function
-from qc.backends.triton.kernel import Argument, Call, Launch, Scratch
+from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Argument, Call, Cubin, Launch, Scratch
 from qc.ir.quantized import QuantizedTensor
 from qc.ir.types import bind_dim
 from qc.ir.weights.weight import Weight
+from qc.runtime.cuda.driver import Driver, Function
 
 
 class Prepared:
@@ -28,12 +30,16 @@ class Prepared:
         self.call, self.sizes, self.device = call, dict(sizes), result.device
         self.operands, self.result = operands, result
         self.arrays: dict[Argument, Any] = {}
-        rows = bind_dim(call.dim, self.sizes)
-        self.bound = [self.bind(launch) for launch in call.variant(rows).launches]
+        self.launches = call.variant(bind_dim(call.dim, self.sizes)).launches
+        self.bound = [self.bind(launch) for launch in self.launches]
+
+    def function(self, launch: Launch) -> Any:
+        """Return what runs a launch."""
+        return load_function(launch.source, launch.function)
 
     def bind(self, launch: Launch) -> tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]:
         """Return the function of a launch, its grid, arguments and options."""
-        function = load_function(launch.source, launch.function)
+        function = self.function(launch)
         grid = tuple(cells.count(self.sizes) for cells in launch.grid)
         arguments = [self.argument(each.argument) for each in launch.parameters]
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
@@ -70,3 +76,34 @@ class Prepared:
         """Launch everything, in order."""
         for function, grid, arguments, options in self.bound:
             function[grid](*arguments, **options)
+
+
+class Loaded(Prepared):
+    """A call whose compiled kernels a GPU has loaded; `driver` launches them on its own stream."""
+
+    def __init__(
+        self, call: Call, operands: Sequence[Any], sizes: Mapping[str, int], result: Tensor,
+        driver: Driver, cubin_of: Callable[[Launch], Cubin],
+    ) -> None:  # fmt: skip
+        super().__init__(call, operands, sizes, result)
+        self.driver = driver
+        self.calls: list[tuple[Function, tuple[int, ...], Any, list[Any]]] = []
+        for launch, (_, grid, arguments, _) in zip(self.launches, self.bound, strict=True):
+            cubin = cubin_of(launch)
+            threads = 32 * cubin.num_warps
+            loaded = driver.load_function(cubin.binary, cubin.name, threads, cubin.shared_bytes)
+            slots: list[Any] = [
+                ctypes.c_uint64(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int32(a)
+                for a in arguments
+            ]
+            slots += [ctypes.c_uint64(0)] * HIDDEN_PARAMETERS
+            addresses = (ctypes.c_void_p * len(slots))(*map(ctypes.addressof, slots))
+            self.calls.append((loaded, grid, addresses, slots))
+
+    def function(self, launch: Launch) -> Any:
+        return None
+
+    def run(self) -> None:
+        """Launch everything, in order; the caller waits for the stream."""
+        for loaded, grid, addresses, _ in self.calls:
+            self.driver.launch(loaded, grid, addresses)

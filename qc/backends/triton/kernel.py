@@ -102,6 +102,27 @@ class Call:
         return next(v for v in self.variants if v.rows is None or rows <= v.rows)
 
 
+HIDDEN_PARAMETERS = 2
+"""Pointers that Triton appends to the parameters of every kernel: global and profile scratch."""
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel. `name` is its entry point; `parameters` are Triton's types in order,
+    after which come `HIDDEN_PARAMETERS` null pointers. A block has 32 num_warps threads and
+    `shared_bytes` of dynamic shared memory. `registers` are a thread's, `spills` bytes of it."""
+
+    name: str
+    architecture: int
+    binary: bytes
+    ptx: str
+    shared_bytes: int
+    num_warps: int
+    parameters: tuple[str, ...]
+    registers: int
+    spills: int
+
+
 KernelRule = Callable[[Region], Call | None]
 """Region -> Call, or None: "not mine". The first rule that matches wins."""
 

@@ -14,16 +14,20 @@ def longest(start, stop):
 
 @triton.jit
 def outliers(acc, x, places, start, stop, columns, values, TOGETHER: tl.constexpr):
-    """Add value x[column] of single entries, TOGETHER of a row at once."""
+    """Add value x[column] of single entries, TOGETHER of a row at once. Where x is one row, its
+    sum is added to all columns of acc."""
     lane = tl.arange(0, TOGETHER)
+    OUT: tl.constexpr = acc.shape[0]
+    ROWS: tl.constexpr = places.shape[0]
+    total = tl.zeros([OUT, TOGETHER, ROWS], tl.float32)
     for first in range(0, longest(start, stop), TOGETHER):
         entry = start[:, None] + first + lane[None, :]
         inside = entry < stop[:, None]
         column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32)
         value = tl.load(values + entry, mask=inside, other=0.0).to(tl.float32)
         at = places[None, None, :] + column[:, :, None]
-        acc += tl.sum(value[:, :, None] * tl.load(x + at).to(tl.float32), 1)
-    return acc
+        total += value[:, :, None] * tl.load(x + at).to(tl.float32)
+    return acc + tl.sum(total, 1)
 
 
 @triton.jit
@@ -33,16 +37,28 @@ def numbered(start, stop, number):
 
 
 @triton.jit
-def group(acc, x, places, start, stop, number, column, value, lane, WIDTH: tl.constexpr,
+def group(total, x, places, start, stop, number, column, value, lane, WIDTH: tl.constexpr,
           CHANNELS: tl.constexpr):  # fmt: skip
-    """Add the products of entry `number` of each row: `value` covers WIDTH channels from `column`.
-    """
+    """Add the products of entry `number` of each row to f32[out, lanes, rows]: `value` covers WIDTH
+    channels from `column`."""
     at = column + lane
     inside = (lane < WIDTH) & (at < CHANNELS) & ((start + number < stop)[:, None])
     weight = tl.where(inside, value, 0.0)
     channel = tl.minimum(at, CHANNELS - 1)
     values = tl.load(x + places[None, None, :] + channel[:, :, None]).to(tl.float32)
-    return acc + tl.sum(weight[:, :, None] * values, 1)
+    return total + weight[:, :, None] * values
+
+
+@triton.jit
+def zeros(out, lane, places):
+    """Return f32 zeros [out, lanes, rows]."""
+    return tl.zeros([out.shape[0], lane.shape[1], places.shape[0]], tl.float32)
+
+
+@triton.jit
+def reduced(acc, total):
+    """Add products to an accumulator, all lanes of an output."""
+    return acc + tl.sum(total, 1)
 
 
 @triton.jit

@@ -44,7 +44,6 @@ RUN = 32
 BLOCK = 16
 STEP, GROUP, REST = Index("step"), Index("group"), Index("rest")
 LARGEST_GROUP = 128
-LEAST_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Coded(Term):
         narrowest = min(
             (w for p in self.parts if p.stream for w, _ in planes_of(p.stream.bits)), default=4
         )
-        return max(self.group, 256 // narrowest, LEAST_WIDTH)
+        return max(self.group, 256 // narrowest)
 
     @property
     def unit(self) -> int:

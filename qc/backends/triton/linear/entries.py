@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
 
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.linear.loop import declare
@@ -10,13 +10,18 @@ from qc.backends.triton.linear.stages import EntriesOf
 from qc.ir.weights.expression import ENTRY, LANE, ROW, Load
 
 
-class Tile(Protocol):
-    """What is asked of a tiling."""
+@dataclass(frozen=True)
+class Tiling:
+    """The tile of a launch: outputs x rows, and how it is run."""
 
-    @property
-    def outputs(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
+    outputs: int
+    rows: int
+    warps: int
+    stages: int
+    width: int = 32
+    """Channels of a step of the loop, at least."""
+    single: bool = False
+    """There is one row: the others of the tile repeat it."""
 
 
 MOST_ELEMENTS = 4096
@@ -33,11 +38,12 @@ def width_of(each: EntriesOf) -> int:
     return 1 << (each.entries.width - 1).bit_length()
 
 
-def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tile) -> None:
+def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) -> None:
     """Write a loop over the entries of each output."""
     place, entries = each.place, each.entries
     x = declare(emission, each.source)
-    emission.line(f"places = inputs.places(rows, {each.source.channels}, 1, 1)")
+    rows = "inputs.numbers(0, 1, ROWS)" if tile.single else "rows"
+    emission.line(f"places = inputs.places({rows}, {each.source.channels}, 1, 1)")
     start, stop = (
         emission.bind("{}(out{})".format(*place.function(emission, place.named(found), (ROW,))))
         for found in (entries.start, entries.stop)
@@ -46,7 +52,7 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tile) -> N
         case Load(value, (at,)), Load(column, (also,)) if at == also == ENTRY:
             if entries.width == 1:
                 columns, values = place.stored(emission, column), place.stored(emission, value)
-                many = together(tile.outputs, tile.rows)
+                many = together(tile.outputs, 1 if tile.single else tile.rows)
                 emission.line(
                     f"{acc} = entries.outliers({acc}, {x}, places, {start}, {stop}, {columns}, "
                     f"{values}, {many})"
@@ -56,26 +62,22 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tile) -> N
     column_at, columns = place.function(emission, place.named(entries.column), (ENTRY,))
     value_at, values = place.function(emission, place.named(entries.value), (ENTRY, LANE))
     inside = emission.bind(f"tl.minimum({lane}, {entries.width - 1})")
+    total = emission.bind(f"entries.zeros(out, {lane}, places)")
     emission.line(f"for number in range(0, entries.longest({start}, {stop})):")
     emission.depth += 1
     entry = emission.bind(f"entries.numbered({start}, {stop}, number)")
     emission.line(
-        f"{acc} = entries.group({acc}, {x}, places, {start}, {stop}, number, "
+        f"{total} = entries.group({total}, {x}, places, {start}, {stop}, number, "
         f"{column_at}({entry}{columns}), {value_at}({entry}, {inside}{values}), {lane}, "
         f"{entries.width}, {each.source.channels})"
     )
     emission.depth -= 1
+    emission.line(f"{acc} = entries.reduced({acc}, {total})")
 
 
-T = TypeVar("T")
-
-
-def most_rows(tiling: T, each: EntriesOf) -> T:
+def fitting(tiling: Tiling, each: EntriesOf) -> Tiling:
     """Return a tiling whose tiles leave room for the products of groups."""
-    from dataclasses import replace
-
     if each.entries.width == 1:
         return tiling
-    outputs = 32
-    rows = max(1, MOST_ELEMENTS // (outputs * width_of(each)))
-    return replace(tiling, outputs=outputs, rows=min(rows, tiling.rows))  # type: ignore[type-var]
+    rows = 1 if tiling.single else max(1, MOST_ELEMENTS // (32 * width_of(each)))
+    return replace(tiling, outputs=32, rows=min(rows, tiling.rows))

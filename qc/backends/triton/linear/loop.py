@@ -139,10 +139,11 @@ class Loop:
 
 
 def emit_loop(
-    emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int
+    emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int
 ) -> None:
-    """Write the loop over all channels, or over this program's part of them."""
-    width = max(term.width for _, term in terms)
+    """Write the loop over all channels, or over this program's part of them; `least` channels a
+    step where there are so many."""
+    width = step_width(source, [term for _, term in terms], least)
     loop = Loop(source, width, min(term.unit for _, term in terms))
     x = declare(emission, source)
     loop.first, loop.last = "0", str(loop.steps)
@@ -172,6 +173,13 @@ def emit_loop(
     for line in loop.ahead:
         emission.line(line)
     emission.lines += body
+
+
+def step_width(source: Source, terms: Sequence[Term], least: int) -> int:
+    """Return the channels of a step: what the terms need, or `least` where that divides better."""
+    width = max(term.width for term in terms)
+    wide = max(width, least)
+    return wide if source.channels % wide == 0 else width
 
 
 def declare(emission: Emission, source: Source) -> str:

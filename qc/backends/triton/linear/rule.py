@@ -11,32 +11,23 @@ from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgume
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
 from qc.backends.triton.linear.coded import Coded
-from qc.backends.triton.linear.entries import emit_entries, most_rows
+from qc.backends.triton.linear.entries import Tiling, emit_entries, fitting
 from qc.backends.triton.linear.epilogue import Epilogue
-from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, tile_call
+from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.stages import Stages, Step
 from qc.ir.types import Dim, as_dim
 
 DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "products")
 BUCKETS: tuple[int | None, ...] = (4, 8, 16, 32, None)
-"""Rows that kernels are made for. Up to 4 rows are one bucket: a single row would not fill the
-4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows or more
-would send Triton through tensor memory on Blackwell."""
-LARGEST_TILE = 64
+"""Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
+fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
+or more would send Triton through tensor memory on Blackwell. Single entries are not multiplied by
+tensor cores: a sum that has them has a bucket of its own for one row."""
+LEAST_TILE, LARGEST_TILE = 4, 64
 MOST_PARTS = 8
 LEAST_STEPS = 4
 """Steps of the loop that a part has at least: fewer do not fill the pipeline."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The tile of a launch: outputs x rows, and how it is run."""
-
-    outputs: int
-    rows: int
-    warps: int
-    stages: int
 
 
 @dataclass
@@ -92,7 +83,7 @@ class LinearLaunches:
             emission.line(f"acc0 = {tile_call(emission, source, x, 'k', tiling.outputs, False)}")
         else:
             emission.line("acc0 = products.zeros(BN, BM)")
-            emit_loop(emission, source, [("acc0", step.term)], step.parts)
+            emit_loop(emission, source, [("acc0", step.term)], step.parts, tiling.width)
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
             emission.line(
@@ -105,13 +96,12 @@ class LinearLaunches:
 
     def main(self, stages: Stages) -> list[Launch]:
         """Write the main launch; where it is split along the channels, and the one behind it."""
-        terms = [term for terms in stages.loops.values() for _, term in terms]
-        tiling = self.tiling(terms, 1)
+        loops = list(stages.loops.items())
+        tiling = self.tiling([term for _, term in loops[0][1]] if loops else [], 1)
         for _, each in stages.entries:
-            tiling = most_rows(tiling, each)
+            tiling = fitting(tiling, each)
         outer, name = self.linear.outer, f"linear_{stages.rules}"
         accs = [f"acc{number}" for number in range(len(self.linear.linears))]
-        loops = list(stages.loops.items())
         launches = []
         parts = self.parts(loops, tiling)
         emission = self.emission("linear", tiling, outer, 1)
@@ -119,7 +109,7 @@ class LinearLaunches:
             for acc in accs:
                 emission.line(f"{acc} = products.zeros(BN, BM)")
             (source, looped), *loops = loops
-            emit_loop(emission, source, looped, parts)
+            emit_loop(emission, source, looped, parts, tiling.width)
             partial = {
                 acc: Scratch(f"{acc}_parts", torch.float32, (as_dim(self.rows * parts), outer))
                 for acc in accs
@@ -136,7 +126,7 @@ class LinearLaunches:
             for acc in accs:
                 emission.line(f"{acc} = products.zeros(BN, BM)")
         for source, looped in loops:
-            emit_loop(emission, source, looped, 1)
+            emit_loop(emission, source, looped, 1, tiling.width)
         for number, (acc, added) in enumerate(stages.added):
             at = emission.array(f"added{number}", added, added.dtype)
             emission.line(f"{acc} += products.full({at}, out, rows, {outer})")
@@ -169,9 +159,10 @@ class LinearLaunches:
         rows = LARGEST_TILE if self.bucket is None else self.bucket * multiple
         rows = min(LARGEST_TILE, 1 << (rows - 1).bit_length())
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
+        single, rows = rows == 1, max(rows, LEAST_TILE)
         if coded:
-            return Tiling(64, rows, 4, 4)
-        return Tiling(32, rows, 4, 2)
+            return Tiling(64, rows, 4, 4, 256 if rows <= 16 else 128, single)
+        return Tiling(32, rows, 4, 2, single=single)
 
     def parts(self, loops: list[tuple[Source, list[tuple[str, Term]]]], tiling: Tiling) -> int:
         """Choose among how many programs the channels of x are split."""
@@ -180,7 +171,8 @@ class LinearLaunches:
         source, looped = loops[0]
         gpu = getattr(self.linear.region.target, "gpu", None)
         wanted = 2 * (gpu.multiprocessors if gpu else 108)
-        steps = -(-source.channels // max(term.width for _, term in looped))
+        width = step_width(source, [term for _, term in looped], tiling.width)
+        steps = -(-source.channels // width)
         programs = -(-self.linear.outer // tiling.outputs)
         return max(1, min(MOST_PARTS, wanted // programs, steps // LEAST_STEPS))
 
@@ -200,7 +192,9 @@ def linear_rule(region: Region) -> Call | None:
     linear = match_linear(region)
     if linear is None:
         return None
-    launches = [LinearLaunches(linear, bucket) for bucket in BUCKETS]
+    entries = bool(LinearLaunches(linear, 1).stages().entries)
+    buckets = (1, *BUCKETS) if entries else BUCKETS
+    launches = [LinearLaunches(linear, bucket) for bucket in buckets]
     variants = tuple(each.variant() for each in launches)
     repack: dict[tuple[int, str], Repack] = {}
     for each in launches:
