@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qc.backends.tvm.linear.forms import is_float
+from qc.ir.weights.factored import is_float
 from qc.backends.tvm.linear.layout import BLOCK, STEP
 from qc.backends.tvm.linear.plan import BLOCK_INDEX
 from qc.ir.weights.affine import simplify

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.forms import STEP, FormPart, factored
+from qc.ir.weights.factored import STEP, FormPart, factored
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.panels import add_tile, clear_outputs, new_panel, reader_of

@@ -15,7 +15,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from qc.backends.tvm.linear.forms import STEP, FormPart, columns_of_step, factored
+from qc.ir.weights.factored import STEP, FormPart, columns_of_step, factored
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.rendering import MOST_PERMUTED, reads_data, varies
 from qc.ir.weights.affine import Affine, affine_of, simplify
