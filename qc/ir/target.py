@@ -47,8 +47,9 @@ class Gpu:
 class Target:
     """What passes and kernel rules may ask about a machine.
 
-    `gpu` is there for a GPU, the others are for CPUs. The last three of them are for predictions, and nominal: what one core of a typical server of the
-    architecture sustains, not what this machine was measured to do.
+    `gpu` is there for a GPU, the others are for CPUs. The last three of them are for predictions,
+    and nominal: what one core of a typical server of the architecture sustains, not what this
+    machine was measured to do.
     """
 
     device: str

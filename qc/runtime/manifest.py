@@ -23,6 +23,7 @@ from qc.runtime.strict_json import parse_object
 __all__ = [
     "CUDA",
     "FORMAT",
+    "GOLDEN",
     "LIBRARY",
     "MANIFEST",
     "NATIVE",

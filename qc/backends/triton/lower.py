@@ -51,7 +51,8 @@ class GpuLowering(Lowering[Call, Launch]):
     def quantized(self, number: int, type: TensorType) -> Place:
         """Add the codes, and the scales of the groups."""
         channels = type.shape[-1]
-        assert isinstance(channels, int) and type.format is not None
+        assert isinstance(channels, int)
+        assert type.format is not None
         groups = -(-channels // (type.format.group or channels))
         per_group = (*type.shape[:-1], groups)
         return {
@@ -164,10 +165,10 @@ class GpuLowering(Lowering[Call, Launch]):
             name = launch_name(launch)
             self.program.kernels.setdefault(name, launch)
             count = element_count(shape)
-            step = KernelStep(
-                name, (ValueArg(index), ValueArg(result), Scalar(dim_text(count))), (index,),
-                (result,), str(operand.origin.module), {}, (cells_text(Cells(count, BLOCK), {}), 1, 1),
-            )  # fmt: skip
+            arguments = (ValueArg(index), ValueArg(result), Scalar(dim_text(count)))
+            grid = (cells_text(Cells(count, BLOCK), {}), 1, 1)
+            origin = str(operand.origin.module)
+            step = KernelStep(name, arguments, (index,), (result,), origin, {}, grid)
             self.program.steps.append(step)
             self.converted[index, wanted] = result
         return self.converted[index, wanted]

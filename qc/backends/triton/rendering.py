@@ -33,8 +33,10 @@ def render(glue: Glue, node: Node, operands: Sequence[str]) -> str:
             return glue.call(f"elementwise.{function_of(kind)}", a, b)
         case ops.Where():
             return glue.call("elementwise.where", *operands)
+        case ops.Cast(torch.bool):
+            return glue.call("elementwise.nonzero", operands[0])
         case ops.Cast(dtype):
-            x = glue.call("elementwise.cast", operands[0], Text(NAMES[dtype]))
+            x = cast(glue, operands[0], dtype)
             return cast(glue, x, torch.float32) if dtype in HALVES else x
         case ops.GatedActivation(kind):
             gate, up = operands

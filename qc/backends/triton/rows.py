@@ -105,8 +105,8 @@ class Row:
         group = min(format.group or block, block)
         limit = float(2 ** (format.bits - 1) - 1)
         self.glue.do(
-            "single_row.quantize", codes, scales, value, self.number, self.channel, self.size, block,
-            group, limit,
+            "single_row.quantize", codes, scales, value, self.number, self.channel, self.size,
+            block, group, limit,
         )  # fmt: skip
 
 
@@ -157,9 +157,8 @@ def rows(region: Region) -> Call | None:
     glue, repack = Glue("rows"), dict[tuple[int, str], Repack]()
     pointers = {n: declare_input(glue, region, n, repack) for n in region.body.inputs}
     block = power_of_two(size)
-    row = Row(
-        glue, region, size, pointers, glue.call("single_row.number"), glue.call("single_row.channels", block)
-    )  # fmt: skip
+    number, channel = glue.call("single_row.number"), glue.call("single_row.channels", block)
+    row = Row(glue, region, size, pointers, number, channel)
     row.store()
     launch = glue.launch((Cells(count),), warps=min(32, max(1, block // CHANNELS_A_WARP)))
     return Call(count, (Variant(None, (launch,)),), repack)

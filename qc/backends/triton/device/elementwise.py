@@ -204,11 +204,12 @@ def where(condition, a, b):
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """Convert; to bool by comparing with zero."""
-    if tl.int1 == DTYPE:
-        return x != 0
-    else:
-        return x.to(DTYPE)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def nonzero(x):
+    return x != 0
 
 
 @triton.jit
