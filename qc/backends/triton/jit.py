@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qc.backends.region import RESULT, SizeArgument
+from qc.backends.region import RESULT, ArrayArgument, SizeArgument
 from qc.backends.triton.emit import load_function
 from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Argument, Call, Cubin, Launch, Scratch
 from qc.ir.quantized import QuantizedTensor
@@ -87,23 +87,51 @@ class Loaded(Prepared):
     ) -> None:  # fmt: skip
         super().__init__(call, operands, sizes, result)
         self.driver = driver
-        self.calls: list[tuple[Function, tuple[int, ...], Any, list[Any]]] = []
-        for launch, (_, grid, arguments, _) in zip(self.launches, self.bound, strict=True):
-            cubin = cubin_of(launch)
-            threads = 32 * cubin.num_warps
-            loaded = driver.load_function(cubin.binary, cubin.name, threads, cubin.shared_bytes)
+        self.functions = [self.loaded(driver, cubin_of(launch)) for launch in self.launches]
+        self.load()
+
+    @staticmethod
+    def loaded(driver: Driver, cubin: Cubin) -> Function:
+        threads = 32 * cubin.num_warps
+        return driver.load_function(cubin.binary, cubin.name, threads, cubin.shared_bytes)
+
+    def load(self) -> None:
+        """Lay out the arguments of all launches as the driver takes them."""
+        self.slots: list[list[Any]] = []
+        self.addresses: list[Any] = []
+        for _, _, arguments, _ in self.bound:
             slots: list[Any] = [
                 ctypes.c_uint64(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int32(a)
                 for a in arguments
             ]
             slots += [ctypes.c_uint64(0)] * HIDDEN_PARAMETERS
-            addresses = (ctypes.c_void_p * len(slots))(*map(ctypes.addressof, slots))
-            self.calls.append((loaded, grid, addresses, slots))
+            self.slots.append(slots)
+            self.addresses.append((ctypes.c_void_p * len(slots))(*map(ctypes.addressof, slots)))
 
     def function(self, launch: Launch) -> Any:
         return None
 
+    def copied(self) -> Loaded:
+        """Return the same call on copies of its weights, at other addresses."""
+        other = Loaded.__new__(Loaded)
+        other.__dict__.update(self.__dict__)
+        other.arrays = {
+            argument: value.clone() if self.is_weight(argument) else value
+            for argument, value in self.arrays.items()
+        }
+        other.bound = [other.bind(launch) for launch in self.launches]
+        other.load()
+        return other
+
+    def is_weight(self, argument: Argument) -> bool:
+        """Say whether an argument is an array of a stored weight."""
+        if not isinstance(argument, ArrayArgument) or argument.operand == RESULT:
+            return False
+        return isinstance(self.operands[argument.operand], Weight)
+
     def run(self) -> None:
         """Launch everything, in order; the caller waits for the stream."""
-        for loaded, grid, addresses, _ in self.calls:
-            self.driver.launch(loaded, grid, addresses)
+        for each, (_, grid, _, _), addresses in zip(
+            self.functions, self.bound, self.addresses, strict=True
+        ):
+            self.driver.launch(each, grid, addresses)

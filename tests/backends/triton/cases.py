@@ -1,7 +1,8 @@
-"""Linear regions to try GPU kernels with: no hypothesis, no TVM, so that a GPU machine runs them."""
+"""Linear regions to try GPU kernels with. No hypothesis, no TVM: a GPU machine runs them as well."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,17 @@ from qc.ir import ops
 from qc.ir.fused import Fused, fuse
 from qc.ir.node import Node, make
 from qc.ir.quantized import QuantizedTensor, quantize_activation
-from qc.ir.target import Target
+from qc.ir.target import parse_machine
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.dense import dense_weight
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Weight
 
 ROWS = symbol("rows")
-GPU = Target("cuda", "sm_80")
+GPU = parse_machine("cuda:sm_90")
+
+Run = Callable[[Call, Sequence[Any], tuple[int, int]], Tensor]
+"""(call, operands, shape of the result) -> the result, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,19 @@ class Case:
         """Say whether the format stores no such matrix."""
         return parse_weights(self.format).refusal((self.outer, self.inner)) is not None
 
-    def weight(self, name: str) -> Node:
+    def planned(self) -> Node:
+        """Build the fused node of weights without values."""
+        return self.node(values=False)
+
+    def weight(self, name: str, values: bool = True) -> Node:
         shape = (self.outer, self.inner)
-        terms = tuple(
-            f.nearest(torch.randn(shape)) for f in parse_weights(self.format).terms
-        )
+        if not values:
+            planned = parse_weights(self.format).planned(name, shape, torch.float32)
+            return make(ops.Parameter(planned))
+        terms = tuple(f.nearest(torch.randn(shape)) for f in parse_weights(self.format).terms)
         return make(ops.Parameter(Weight(name, shape, terms)))
 
-    def node(self) -> Node:
+    def node(self, values: bool = True) -> Node:
         """Build the fused node."""
         format = None
         if self.activation is not None:
@@ -63,7 +72,7 @@ class Case:
         x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, format)))
         vector = make(ops.Parameter(dense_weight("b", torch.randn(self.outer))))
         residual = make(ops.Input("r", TensorType((ROWS, self.outer))))
-        first = self.weight("w0")
+        first = self.weight("w0", values)
         match self.epilogue:
             case "bias":
                 root = make(ops.Unary("silu"), make(ops.Linear(), x, first, vector))
@@ -71,7 +80,7 @@ class Case:
             case "residual":
                 root = make(ops.Binary("add"), residual, make(ops.Linear(), x, first))
             case "gated":
-                pair = make(ops.Linear(), x, first), make(ops.Linear(), x, self.weight("w1"))
+                pair = make(ops.Linear(), x, first), make(ops.Linear(), x, self.weight("w1", values))
                 root = make(ops.GatedActivation("silu"), *pair)
             case "all":
                 root = make(ops.Unary("silu"), make(ops.Linear(), x, first, vector))
@@ -99,20 +108,25 @@ class Case:
             found.append(quantize_activation(value, format) if format else value.half())
         return found
 
-    def error(self, device: str) -> float:
+    def error(self, run: Run) -> float:
         """Run the case; return the relative Frobenius error against float64 of the same stored
         weights and activations."""
         torch.manual_seed(0)
         node = self.node()
         call = call_of(node)
         values = self.values(node)
-        result = torch.full((self.rows, self.outer), float("nan"), dtype=torch.float16)
-        result = result.to(device)
-        Prepared(call, values, {"rows": self.rows}, result).run()
+        result = run(call, values, (self.rows, self.outer))
         assert isinstance(node.op, Fused)
         expected: Tensor = node.op.meaning(*map(widened, values), sizes={})
-        error = float((result.cpu().double() - expected).norm() / expected.norm())
+        error = float((result.double() - expected).norm() / expected.norm())
         return error if error == error else float("inf")
+
+
+def interpreted(call: Call, values: Sequence[Any], shape: tuple[int, int]) -> Tensor:
+    """Run a call in Triton's interpreter."""
+    result = torch.full(shape, float("nan"), dtype=torch.float16)
+    Prepared(call, values, {"rows": shape[0]}, result).run()
+    return result
 
 
 def call_of(node: Node) -> Call:

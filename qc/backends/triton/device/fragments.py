@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.constexpr_function
 def half_pair(value):
     """Return a float16 twice, as the number of a 32-bit register."""
@@ -37,15 +38,15 @@ def conversion(bits, unit, zero):
     count = 16 // bits
     lines = [".reg .b32 moved, raw, magic, scale, offset;", "mov.b32 magic, 0x64006400;"]
     source, shifted = f"${count}", 0
+    spare = 1 if unit == 2 and zero % 2 else 0  # -2048 - zero is no float16: stay off bit 0
     for number in range(count):
         place = number * bits
-        if place - shifted + bits > 10:
-            lines.append(f"shr.u32 moved, ${count}, {place};")
-            source, shifted = "moved", place
+        if place - shifted + bits > 10 or place - shifted < spare:
+            shifted = place - spare
+            move = "shr.u32" if shifted >= 0 else "shl.b32"
+            lines.append(f"{move} moved, ${count}, {abs(shifted)};")
+            source = "moved"
         low = place - shifted
-        if unit == 2 and zero % 2 and low == 0:  # -2048 - zero is no float16
-            lines.append(f"shl.b32 moved, ${count}, 1;")
-            source, shifted, low = "moved", place - 1, 1
         mask = ((1 << bits) - 1) << low
         step = unit / (1 << low)
         lines.append(f"lop3.b32 raw, {source}, 0x{mask:04x}{mask:04x}, magic, 0xea;")

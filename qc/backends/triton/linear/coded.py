@@ -133,8 +133,7 @@ class Coded(Term):
         result = None
         for at in range(start, start + self.group, loop.unit):
             runs = [
-                self.digits(emission, loop, stream, run)
-                for run in range(at, at + loop.unit, RUN)
+                self.digits(emission, loop, stream, run) for run in range(at, at + loop.unit, RUN)
             ]
             flat = ", ".join(name for run in runs for name in run)
             kind = "left" if len(runs) == 1 else "left64"
@@ -162,7 +161,8 @@ class Coded(Term):
         total = found[0]
         for more in found[1:]:
             upper, lower = (
-                emission.bind(f"fragments.added({a}, {b})") for a, b in zip(total, more, strict=True)
+                emission.bind(f"fragments.added({a}, {b})")
+                for a, b in zip(total, more, strict=True)
             )
             total = upper, lower
         return total
@@ -200,9 +200,7 @@ def fragments(codes: Tensor, bits: int) -> Tensor:
     )
     outputs, channels = padded.shape
     # block, rows, g, step, run, s, h, t, p
-    axes = padded.view(
-        outputs // BLOCK, 2, 8, channels // columns, columns // RUN, 2, 2, 4, 2
-    )
+    axes = padded.view(outputs // BLOCK, 2, 8, channels // columns, columns // RUN, 2, 2, 4, 2)
     ordered = axes.permute(0, 3, 2, 7, 5, 6, 8, 4, 1)  # block, step, g, t, s, h, p, run, rows
     digits = ordered.flatten(7)
     words = (digits << (torch.arange(digits.shape[-1], dtype=torch.int32) * bits)).sum(-1)
@@ -305,7 +303,8 @@ def over_groups(part: CodedPart, runs: int, place: Place) -> CodedPart | None:
         return None
     groups = -(-place.inner // (runs * RUN))
     sizes = {GROUP: groups, REST: runs, ROW: place.outer}
-    wide = simplify(substitute_indices(part.factor, {STEP: GROUP * runs + REST}), sizes)
+    at = GROUP * runs + REST if runs > 1 else GROUP
+    wide = simplify(substitute_indices(part.factor, {STEP: at}), sizes)
     return None if depends_on(wide, REST) else replace(part, factor=wide)
 
 
