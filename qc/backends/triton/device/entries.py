@@ -13,9 +13,10 @@ def longest(start, stop):
 
 
 @triton.jit
-def outliers(acc, x, places, start, stop, columns, values, TOGETHER: tl.constexpr):
-    """Add value x[column] of single entries, TOGETHER of a row at once. Where x is one row, its
-    sum is added to all columns of acc."""
+def outliers(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
+             TOGETHER: tl.constexpr):  # fmt: skip
+    """Add value x[column] of single entries, TOGETHER of a row at once. Channels of x are APART.
+    Where x is one row, its sum is added to all columns of acc."""
     lane = tl.arange(0, TOGETHER)
     OUT: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = places.shape[0]
@@ -25,7 +26,7 @@ def outliers(acc, x, places, start, stop, columns, values, TOGETHER: tl.constexp
         inside = entry < stop[:, None]
         column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32)
         value = tl.load(values + entry, mask=inside, other=0.0).to(tl.float32)
-        at = places[None, None, :] + column[:, :, None]
+        at = places[None, None, :] + (column * APART)[:, :, None]
         total += value[:, :, None] * tl.load(x + at).to(tl.float32)
     return acc + tl.sum(total, 1)
 
@@ -38,14 +39,14 @@ def numbered(start, stop, number):
 
 @triton.jit
 def group(total, x, places, start, stop, number, column, value, lane, WIDTH: tl.constexpr,
-          CHANNELS: tl.constexpr):  # fmt: skip
+          CHANNELS: tl.constexpr, APART: tl.constexpr):  # fmt: skip
     """Add the products of entry `number` of each row to f32[out, lanes, rows]: `value` covers WIDTH
     channels from `column`."""
     at = column + lane
     inside = (lane < WIDTH) & (at < CHANNELS) & ((start + number < stop)[:, None])
     weight = tl.where(inside, value, 0.0)
     channel = tl.minimum(at, CHANNELS - 1)
-    values = tl.load(x + places[None, None, :] + channel[:, :, None]).to(tl.float32)
+    values = tl.load(x + places[None, None, :] + (channel * APART)[:, :, None]).to(tl.float32)
     return total + weight[:, :, None] * values
 
 

@@ -68,24 +68,26 @@ def unpack(words, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr):
     ASM: tl.constexpr = conversion(BITS, UNIT, ZERO)
     IN: tl.constexpr = registers(BITS)
     if BITS == 8:
-        return tl.inline_asm_elementwise(ASM, IN, [words], (tl.float16, tl.float16), True, 2)
-    if BITS == 4:
-        return tl.inline_asm_elementwise(
+        codes = tl.inline_asm_elementwise(ASM, IN, [words], (tl.float16, tl.float16), True, 2)
+    elif BITS == 4:
+        codes = tl.inline_asm_elementwise(
             ASM, IN, [words], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
         )
-    if BITS == 2:
-        return tl.inline_asm_elementwise(
+    elif BITS == 2:
+        codes = tl.inline_asm_elementwise(
             ASM, IN, [words],
             (tl.float16, tl.float16, tl.float16, tl.float16,
              tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
         )  # fmt: skip
-    return tl.inline_asm_elementwise(
-        ASM, IN, [words],
-        (tl.float16, tl.float16, tl.float16, tl.float16,
-         tl.float16, tl.float16, tl.float16, tl.float16,
-         tl.float16, tl.float16, tl.float16, tl.float16,
-         tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
-    )  # fmt: skip
+    else:
+        codes = tl.inline_asm_elementwise(
+            ASM, IN, [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
+        )  # fmt: skip
+    return codes
 
 
 @triton.jit

@@ -66,3 +66,11 @@ def summed_tile(partial, places, start, size, PARTS: tl.constexpr, CHANNELS: tl.
     for part in tl.static_range(1, PARTS):
         total += tl.load(at + part * size, mask=inside, other=0.0)
     return total.to(DTYPE)
+
+
+@triton.jit
+def tile_across(axis: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return where the rows of this program's tile lie, i64[ROWS], in an array
+    [tiles, CHANNELS, ROWS]; channels are ROWS apart."""
+    first = tl.program_id(axis).to(tl.int64) * (CHANNELS * ROWS)
+    return first + tl.arange(0, ROWS)

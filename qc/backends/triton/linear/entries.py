@@ -24,8 +24,11 @@ class Tiling:
     """There is one row: the others of the tile repeat it."""
 
 
-MOST_ELEMENTS = 4096
-"""Products [outputs, entries, rows] that a program holds at a time: 32 a thread."""
+MOST_ELEMENTS = 8192
+"""Products [outputs, entries, rows] that a program holds at a time: 64 a thread."""
+NARROW = 16
+"""Outputs of a tile of a launch for entries alone: the rows of a matrix have different numbers of
+entries, and a tile takes as long as its longest."""
 
 
 def together(outputs: int, rows: int) -> int:
@@ -42,8 +45,12 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) ->
     """Write a loop over the entries of each output."""
     place, entries = each.place, each.entries
     x = declare(emission, each.source)
-    rows = "inputs.numbers(0, 1, ROWS)" if tile.single else "rows"
-    emission.line(f"places = inputs.places({rows}, {each.source.channels}, 1, 1)")
+    channels, apart, rows = each.source.channels, 1, 1
+    if each.across:
+        apart = rows = tile.rows
+        emission.line(f"places = inputs.tile_across(0, BM, {channels})")
+    else:
+        emission.line(f"places = inputs.places(inputs.numbers(0, 1, ROWS), {channels}, 1, 1)")
     start, stop = (
         emission.bind("{}(out{})".format(*place.function(emission, place.named(found), (ROW,))))
         for found in (entries.start, entries.stop)
@@ -52,10 +59,10 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) ->
         case Load(value, (at,)), Load(column, (also,)) if at == also == ENTRY:
             if entries.width == 1:
                 columns, values = place.stored(emission, column), place.stored(emission, value)
-                many = together(tile.outputs, 1 if tile.single else tile.rows)
+                many = together(tile.outputs, rows)
                 emission.line(
                     f"{acc} = entries.outliers({acc}, {x}, places, {start}, {stop}, {columns}, "
-                    f"{values}, {many})"
+                    f"{values}, {apart}, {many})"
                 )
                 return
     lane = emission.bind(f"entries.lanes({width_of(each)})")
@@ -69,15 +76,18 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) ->
     emission.line(
         f"{total} = entries.group({total}, {x}, places, {start}, {stop}, number, "
         f"{column_at}({entry}{columns}), {value_at}({entry}, {inside}{values}), {lane}, "
-        f"{entries.width}, {each.source.channels})"
+        f"{entries.width}, {channels}, {apart})"
     )
     emission.depth -= 1
     emission.line(f"{acc} = entries.reduced({acc}, {total})")
 
 
-def fitting(tiling: Tiling, each: EntriesOf) -> Tiling:
-    """Return a tiling whose tiles leave room for the products of groups."""
-    if each.entries.width == 1:
-        return tiling
-    rows = 1 if tiling.single else max(1, MOST_ELEMENTS // (32 * width_of(each)))
-    return replace(tiling, outputs=32, rows=min(rows, tiling.rows))
+def tiling_of(each: EntriesOf, rows: int) -> Tiling:
+    """Return the tile of a launch for entries alone."""
+    return Tiling(NARROW, rows, 4, 2)
+
+
+def rows_of_tile(bucket: int | None) -> int:
+    """Return how many rows a launch for entries takes at once; groups of up to 64 channels then
+    have 16 x 64 x 16 products a tile."""
+    return 16 if bucket is None else min(16, bucket)

@@ -11,11 +11,11 @@ from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgume
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
 from qc.backends.triton.linear.coded import Coded
-from qc.backends.triton.linear.entries import Tiling, emit_entries, fitting
+from qc.backends.triton.linear.entries import Tiling, emit_entries, rows_of_tile, tiling_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
-from qc.backends.triton.linear.stages import Stages, Step
+from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.ir.types import Dim, as_dim
 
 DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "products")
@@ -50,7 +50,7 @@ class LinearLaunches:
 
     def stages(self) -> Stages:
         """Plan the terms of all weights."""
-        stages, linear = Stages(self.rows), self.linear
+        stages, linear = Stages(self.rows, rows_of_tile(self.bucket)), self.linear
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
             operand = linear.operand(node.inputs[1])
@@ -72,27 +72,72 @@ class LinearLaunches:
 
     def step(self, step: Step) -> Launch:
         """Write a launch in front of the main one."""
+        match step.work:
+            case None:
+                return self.copy(step)
+            case "across":
+                return self.copy_across(step)
+            case EntriesOf() as entries:
+                return self.entries(step, entries)
+            case term:
+                return self.product(step, term)
+
+    def copy(self, step: Step) -> Launch:
+        """Write a copy of x as plain rows."""
+        tiling = self.tiling([], 1)
+        emission = self.emission("copy", tiling, step.outer, 1)
+        self.load_copied(emission, step.source, tiling)
+        target = emission.array("target", step.target, step.target.dtype)
+        emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
+        emission.line(f"products.store({target}, acc0, out, places, {step.outer}, 1, BN)")
+        return self.finish(emission, "copy", tiling, step.outer, 1, 1)
+
+    def copy_across(self, step: Step) -> Launch:
+        """Write a copy of x with the rows of each tile side by side."""
+        tiling = Tiling(64, rows_of_tile(self.bucket), 4, 1)
+        emission = self.emission("across", tiling, step.outer, 1)
+        self.load_copied(emission, step.source, tiling)
+        target = emission.array("target", step.target, step.target.dtype)
+        emission.line(f"places = inputs.tile_across(0, BM, {step.outer})")
+        emission.line(f"products.store({target}, acc0, out, places, {step.outer}, BM, BN)")
+        return self.finish(emission, "across", tiling, step.outer, 1, 1)
+
+    def load_copied(self, emission: Emission, source: Source, tiling: Tiling) -> None:
+        """Write the load of a tile of x."""
+        x = declare(emission, source)
+        emission.line(f"places = inputs.places(rows, {source.stride}, 1, 1)")
+        emission.line("k = tl.program_id(1) * BN")
+        emission.line(f"acc0 = {tile_call(emission, source, x, 'k', tiling.outputs, False)}")
+
+    def entries(self, step: Step, entries: EntriesOf) -> Launch:
+        """Write the products of entries alone."""
+        tiling = tiling_of(entries, rows_of_tile(self.bucket))
+        emission = self.emission("entries_alone", tiling, step.outer, 1)
+        emission.line("acc0 = products.zeros(BN, BM)")
+        emit_entries(emission, entries, "acc0", tiling)
+        target = emission.array("target", step.target, step.target.dtype)
+        emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
+        emission.line(f"products.store({target}, acc0, out, places, {step.outer}, 1, BN)")
+        return self.finish(emission, "entries", tiling, step.outer, 1, 1)
+
+    def product(self, step: Step, term: Term) -> Launch:
+        """Write a step of a chain."""
         source = step.source
         multiple = source.before * source.after
-        tiling = self.tiling([step.term] if step.term else [], multiple)
-        emission = self.emission("step" if step.term else "copy", tiling, step.outer, multiple)
-        if step.term is None:
-            x = declare(emission, source)
-            emission.line(f"places = inputs.places(rows, {source.stride}, 1, 1)")
-            emission.line("k = tl.program_id(1) * BN")
-            emission.line(f"acc0 = {tile_call(emission, source, x, 'k', tiling.outputs, False)}")
-        else:
-            emission.line("acc0 = products.zeros(BN, BM)")
-            emit_loop(emission, source, [("acc0", step.term)], step.parts, tiling.width)
+        tiling = self.tiling([term], multiple)
+        emission = self.emission("step", tiling, step.outer, multiple)
+        emission.line("acc0 = products.zeros(BN, BM)")
+        emit_loop(emission, source, [("acc0", term)], step.parts, tiling.width)
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
             emission.line(
                 f"products.partial({target}, acc0, out, rows, part, ROWS, {step.outer}, BN)"
             )
         else:
-            emission.line(f"places = inputs.places(rows, {step.outer}, 1, {source.after})")
+            after = source.after
+            emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
             emission.line(
-                f"products.store({target}, acc0, out, places, {step.outer}, {source.after}, BN)"
+                f"products.store({target}, acc0, out, places, {step.outer}, {after}, BN)"
             )
         return self.finish(emission, "chain", tiling, step.outer, multiple, step.parts)
 
@@ -100,8 +145,6 @@ class LinearLaunches:
         """Write the main launch; where it is split along the channels, and the one behind it."""
         loops = list(stages.loops.items())
         tiling = self.tiling([term for _, term in loops[0][1]] if loops else [], 1)
-        for _, each in stages.entries:
-            tiling = fitting(tiling, each)
         outer, name = self.linear.outer, f"linear_{stages.rules}"
         accs = [f"acc{number}" for number in range(len(self.linear.linears))]
         launches = []

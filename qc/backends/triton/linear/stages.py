@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -23,29 +24,33 @@ from qc.ir.weights.structure import Chain, Entries, Selected
 FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (coded_term,)
 """From the most special; without any of them everything still works, slower."""
 
-LONG_CHAIN = 512
-"""Channels of a step of a chain that one program adds up; more are split among several."""
-MOST_PARTS = 16
-
-
-@dataclass(frozen=True)
-class Step:
-    """A launch in front of the main one: `term` times `source`, or a copy of it, into scratch."""
-
-    source: Source
-    term: Term | None
-    outer: int
-    target: Scratch
-    parts: int = 1
+LONG_CHAIN = 128
+"""Channels of a step of a chain that one program adds up; more are split among several. Such steps
+have few outputs: their time is that of one program."""
+MOST_PARTS = 32
 
 
 @dataclass(frozen=True)
 class EntriesOf:
-    """Single entries, or groups of them, to add to an accumulator."""
+    """Single entries, or groups of them, to add to an accumulator. `across`: the source comes
+    tile by tile as [channels, rows of the tile]."""
 
     place: Place
     entries: Entries
     source: Source
+    across: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A launch in front of the main one, into scratch: `work` times `source`; a copy of it (None);
+    or a copy with the rows of each tile side by side ("across")."""
+
+    source: Source
+    work: Term | EntriesOf | Literal["across"] | None
+    outer: int
+    target: Scratch
+    parts: int = 1
 
 
 @dataclass
@@ -53,6 +58,8 @@ class Stages:
     """The work of one linear region for one number of rows."""
 
     rows: Dim
+    tile: int
+    """Rows of a tile of launches for entries; 1: there is one row at all."""
     steps: list[Step] = field(default_factory=list)
     loops: dict[Source, list[tuple[str, Term]]] = field(default_factory=dict)
     entries: list[tuple[str, EntriesOf]] = field(default_factory=list)
@@ -63,8 +70,10 @@ class Stages:
     def rules(self) -> str:
         """The names of the rules that multiply, for reports."""
         found = [term.rule for terms in self.loops.values() for _, term in terms]
-        found += ["chain"] * any(step.term for step in self.steps)
-        found += ["entries"] * bool(self.entries)
+        works = [step.work for step in self.steps]
+        found += ["chain"] * any(isinstance(work, Term) for work in works)
+        listed = any(isinstance(work, EntriesOf) for work in works)
+        found += ["entries"] * (listed or bool(self.entries))
         return "_".join(dict.fromkeys(found))
 
     def add(self, acc: str, place: Place, source: Source) -> None:
@@ -77,7 +86,29 @@ class Stages:
             case Chain() as chain:
                 self.add_chain(acc, place, chain, source)
             case Entries() as entries:
-                self.entries.append((acc, EntriesOf(place, entries, self.plain(source))))
+                self.add_entries(acc, place, entries, self.plain(source))
+
+    def add_entries(self, acc: str, place: Place, entries: Entries, source: Source) -> None:
+        """Entries gather x: for one row in the main launch; for several in a launch of their own,
+        whose tiles are narrow, from a copy in which the rows of a channel are neighbours."""
+        if self.tile == 1:
+            self.entries.append((acc, EntriesOf(place, entries, source)))
+            return
+        across = self.across(source)
+        work = EntriesOf(place, entries, Source(across, source.channels), across=True)
+        target = Scratch(f"step{len(self.steps)}", torch.float32, (self.rows, place.outer))
+        self.steps.append(Step(source, work, place.outer, target))
+        self.added.append((acc, target))
+
+    def across(self, source: Source) -> Scratch:
+        """Plan the copy [tiles, channels, rows of a tile], once."""
+        for step in self.steps:
+            if step.source == source and step.work == "across":
+                return step.target
+        shape = (as_dim(self.rows + self.tile), source.channels)  # room for the last tile
+        target = Scratch(f"step{len(self.steps)}", torch.float16, shape)
+        self.steps.append(Step(source, "across", source.channels, target))
+        return target
 
     def add_selected(self, acc: str, place: Place, index: str, part: Place, x: Source) -> None:
         array = place.operand, f"{place.prefix}.{index}", dtype_of(place, index), x.channels
@@ -115,7 +146,7 @@ class Stages:
         if source.kind == "rows":
             return source
         for step in self.steps:
-            if step.source == source and step.term is None:
+            if step.source == source and step.work is None:
                 return Source(step.target, source.channels)
         target = Scratch(f"step{len(self.steps)}", torch.float16, (self.rows, source.channels))
         self.steps.append(Step(source, None, source.channels, target))
