@@ -89,7 +89,9 @@ def build(function: Any, launch: Launch, architecture: int) -> Cubin:
     data = kernel.metadata
     scratch = data.global_scratch_size + data.profile_scratch_size
     if scratch or getattr(data, "tensordesc_meta", None):
-        raise ValueError(f"{launch.rule} asks for {scratch} bytes of scratch, which no artifact has")
+        raise ValueError(
+            f"{launch.rule} asks for {scratch} bytes of scratch, which no artifact has"
+        )
     registers, spills = resources(kernel.asm["cubin"])
     return Cubin(
         data.name, architecture, kernel.asm["cubin"], kernel.asm["ptx"], data.shared,

@@ -80,7 +80,9 @@ class Emission:
     def function(self, rendering: Rendering, expr: Expr) -> str:
         """Write a device function for a decode expression, or find the equal one."""
         text = rendering.function("NAME", expr)
-        known = [each.replace(f"def decode{n}(", "def NAME(") for n, each in enumerate(self.functions)]
+        known = [
+            each.replace(f"def decode{n}(", "def NAME(") for n, each in enumerate(self.functions)
+        ]
         number = known.index(text) if text in known else len(known)
         if number == len(known):
             self.functions.append(text.replace("def NAME(", f"def decode{number}("))

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 from qc.backends.triton.compile import WARP, Cubin, inspect
 
-INSTRUCTION = re.compile(
-    r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)([^;]*);"
-)
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)([^;]*);")
 TENSOR_CORES = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "OMMA")
 CONVERSIONS = ("I2F", "F2F", "I2FP")
 

@@ -50,9 +50,7 @@ class Case:
 
     def weight(self, name: str) -> Node:
         shape = (self.outer, self.inner)
-        terms = tuple(
-            f.nearest(torch.randn(shape)) for f in parse_weights(self.format).terms
-        )
+        terms = tuple(f.nearest(torch.randn(shape)) for f in parse_weights(self.format).terms)
         return make(ops.Parameter(Weight(name, shape, terms)))
 
     def node(self) -> Node:

@@ -11,19 +11,19 @@ from typing import Any
 
 from tests.backends.triton import interpreted  # before triton
 
+# isort: split
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qc.backends.triton.emit import load_function
 from qc.backends.triton.interpret import install
-from qc.runtime.artifact import Artifact, read_manifest
+from qc.runtime.artifact import Artifact
 from qc.runtime.executor import Binding, Executor, Program, StepList
 from qc.runtime.expression import parse_expression
 from qc.runtime.manifest import (
-    GOLDEN,
     PAST,
-    WEIGHTS,
     Dim,
     GoldenCheck,
     KernelStep,
@@ -32,21 +32,24 @@ from qc.runtime.manifest import (
     ValueArg,
 )
 from qc.runtime.memory import aligned_bytes
-from qc.runtime.safetensors_file import SafetensorsFile
-
-assert interpreted.HERE.gpu is not None
 
 
 class InterpretedProgram(Program):
     """What was loaded: generated functions in place of machine code."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, manifest: Manifest, sources: Mapping[str, str], weights: Mapping[str, NDArray[Any]]
+    ) -> None:
         install()
-        super().__init__(manifest, SafetensorsFile(folder / WEIGHTS), None)
+        super().__init__(manifest, weights, None)
         self.functions = {
-            name: load_function((folder / "source" / f"{name}.py").read_text(), code.function)
+            name: load_function(sources[name], code.function)
             for name, code in manifest.code.items()
         }
+
+    def artifact(self) -> Artifact:
+        """Return what users hold; it has no folder."""
+        return Artifact(Path(), self)
 
     def executor(self) -> InterpretedExecutor:
         return InterpretedExecutor(self)
@@ -113,14 +116,11 @@ class InterpretedBinding(Binding):
             self._program.launch(step, self._held, {**self._sizes, PAST: past})
 
 
-def load_interpreted(folder: Path) -> Artifact:
-    """Open a GPU artifact in the interpreter."""
-    return Artifact(folder, InterpretedProgram(folder, read_manifest(folder)))
-
-
-def check_golden(program: InterpretedProgram, folder: Path, check: GoldenCheck) -> float:
+def check_golden(
+    program: InterpretedProgram, tensors: Mapping[str, NDArray[Any]], check: GoldenCheck
+) -> float:
     """Run one golden check; return the relative error."""
-    tensors, values = SafetensorsFile(folder / GOLDEN), program.manifest.values
+    values = program.manifest.values
     steps = [program.manifest.steps[number] for number in check.steps]
     arrays: dict[int, NDArray[Any]] = dict(program.weights)
     for index in {i for step in steps for i in (*step.reads, *step.writes)} - arrays.keys():

@@ -35,8 +35,7 @@ def numbered(start, stop, number):
 @triton.jit
 def group(acc, x, places, start, stop, number, column, value, lane, WIDTH: tl.constexpr,
           CHANNELS: tl.constexpr):  # fmt: skip
-    """Add the products of entry `number` of each row: `value` covers WIDTH channels from `column`.
-    """
+    """Add the products of entry `number` of each row: `value` covers WIDTH channels from `column`."""
     at = column + lane
     inside = (lane < WIDTH) & (at < CHANNELS) & ((start + number < stop)[:, None])
     weight = tl.where(inside, value, 0.0)

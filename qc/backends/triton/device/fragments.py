@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.constexpr_function
 def half_pair(value):
     """Return a float16 twice, as the number of a 32-bit register."""

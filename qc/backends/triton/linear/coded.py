@@ -134,8 +134,7 @@ class Coded(Term):
         result = None
         for at in range(start, start + self.group, loop.unit):
             runs = [
-                self.digits(emission, loop, stream, run)
-                for run in range(at, at + loop.unit, RUN)
+                self.digits(emission, loop, stream, run) for run in range(at, at + loop.unit, RUN)
             ]
             flat = ", ".join(name for run in runs for name in run)
             kind = "left" if len(runs) == 1 else "left64"
@@ -163,7 +162,8 @@ class Coded(Term):
         total = found[0]
         for more in found[1:]:
             upper, lower = (
-                emission.bind(f"fragments.added({a}, {b})") for a, b in zip(total, more, strict=True)
+                emission.bind(f"fragments.added({a}, {b})")
+                for a, b in zip(total, more, strict=True)
             )
             total = upper, lower
         return total
@@ -201,9 +201,7 @@ def fragments(codes: Tensor, bits: int) -> Tensor:
     )
     outputs, channels = padded.shape
     # block, rows, g, step, run, s, h, t, p
-    axes = padded.view(
-        outputs // BLOCK, 2, 8, channels // columns, columns // RUN, 2, 2, 4, 2
-    )
+    axes = padded.view(outputs // BLOCK, 2, 8, channels // columns, columns // RUN, 2, 2, 4, 2)
     ordered = axes.permute(0, 3, 2, 7, 5, 6, 8, 4, 1)  # block, step, g, t, s, h, p, run, rows
     digits = ordered.flatten(7)
     words = (digits << (torch.arange(digits.shape[-1], dtype=torch.int32) * bits)).sum(-1)

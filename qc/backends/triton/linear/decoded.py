@@ -30,8 +30,8 @@ class Decoded(Term):
     def emit(self, emission: Emission, loop: Loop, acc: str) -> None:
         name, arrays = self.place.function(emission, self.place.decode, (ROW, COL))
         for start in range(0, loop.width, loop.unit):
-            column = f"products.columns({loop.at(start)}, {loop.unit}, {self.place.inner}, {loop.even})"
-            at = f"{loop.out}[:, None], {column}[None, :]"
-            emission.line(
-                f"{acc} = products.decoded({acc}, {name}({at}{arrays}), {loop.x(start)})"
+            column = (
+                f"products.columns({loop.at(start)}, {loop.unit}, {self.place.inner}, {loop.even})"
             )
+            at = f"{loop.out}[:, None], {column}[None, :]"
+            emission.line(f"{acc} = products.decoded({acc}, {name}({at}{arrays}), {loop.x(start)})")

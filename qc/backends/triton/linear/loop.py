@@ -181,9 +181,7 @@ def declare(emission: Emission, source: Source) -> str:
     return emission.array(f"x{number}", source.values, dtype)
 
 
-def tile_call(
-    emission: Emission, source: Source, x: str, at: str, unit: int, even: bool
-) -> str:
+def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, even: bool) -> str:
     """Return the call that loads a tile of x from channel `at` on."""
     channels = source.channels
     match source.kind:

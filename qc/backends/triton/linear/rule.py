@@ -100,7 +100,9 @@ class LinearLaunches:
             )
         else:
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {source.after})")
-            emission.line(f"products.store({target}, acc0, out, places, {step.outer}, {source.after}, BN)")
+            emission.line(
+                f"products.store({target}, acc0, out, places, {step.outer}, {source.after}, BN)"
+            )
         return self.finish(emission, "chain", tiling, step.outer, multiple, step.parts)
 
     def main(self, stages: Stages) -> list[Launch]:
