@@ -184,13 +184,15 @@ class Code:
     """Describe a GPU kernel: a `function` in files, with blocks of `warps` * 32 threads.
 
     `parameters` are "pointer", "i32" or "i64", one an argument of the steps that call it. An
-    argument that depends on "past" is a pointer to an i32.
+    argument that depends on "past" is a pointer to an i32. `constants` are what the source was
+    compiled with: nothing that runs needs them.
     """
 
     function: str
     warps: int
     parameters: tuple[str, ...]
     binaries: tuple[Binary, ...]
+    constants: Mapping[str, int | float | bool | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -613,9 +615,19 @@ def _read_code(top: _Record) -> dict[str, Code]:
                 _read_binary(_Record(each, f"a binary of kernel {name!r}"))
                 for each in record.items("binaries", 64)
             ),
+            record.take("constants", "numbers and texts by name", _constants)
+            if record.has("constants")
+            else {},
         )
         record.done()
     return found
+
+
+def _constants(content: object) -> dict[str, int | float | bool | str] | None:
+    if not isinstance(content, dict):
+        return None
+    plain = all(isinstance(each, int | float | bool | str) for each in content.values())
+    return content if plain else None
 
 
 def _read_binary(record: _Record) -> Binary:

@@ -95,7 +95,8 @@ def write_code(
             writer.add(file, oldest.ptx.encode())
             binaries.append(Binary(f"ptx_{oldest.architecture}", file, oldest.shared_bytes))
         kinds = tuple("pointer" if kind.startswith("*") else kind for kind in oldest.parameters)
-        described[name] = Code(oldest.name, oldest.num_warps, kinds, tuple(binaries))
+        constants = dict(launch.constants)
+        described[name] = Code(oldest.name, oldest.num_warps, kinds, tuple(binaries), constants)
     return described
 
 

@@ -6,6 +6,13 @@ from qc.backends.triton.append import append_rules
 from qc.backends.triton.attention import attention_rules
 from qc.backends.triton.elements import element_rules
 from qc.backends.triton.kernel import KernelRule
+from qc.backends.triton.linear.rule import linear_rule
 from qc.backends.triton.rows import row_rules
 
-GPU_RULES: tuple[KernelRule, ...] = (*attention_rules, *append_rules, *row_rules, *element_rules)
+GPU_RULES: tuple[KernelRule, ...] = (
+    linear_rule,
+    *attention_rules,
+    *append_rules,
+    *row_rules,
+    *element_rules,
+)
