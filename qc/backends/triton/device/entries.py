@@ -38,16 +38,10 @@ def numbered(start, stop, number):
 
 
 @triton.jit
-<<<<<<< HEAD
 def group(total, x, places, start, stop, number, column, value, lane, WIDTH: tl.constexpr,
           CHANNELS: tl.constexpr, APART: tl.constexpr):  # fmt: skip
     """Add the products of entry `number` of each row to f32[out, lanes, rows]: `value` covers WIDTH
     channels from `column`."""
-=======
-def group(acc, x, places, start, stop, number, column, value, lane, WIDTH: tl.constexpr,
-          CHANNELS: tl.constexpr):  # fmt: skip
-    """Add the products of entry `number` of each row: `value` covers WIDTH channels from `column`."""
->>>>>>> t2
     at = column + lane
     inside = (lane < WIDTH) & (at < CHANNELS) & ((start + number < stop)[:, None])
     weight = tl.where(inside, value, 0.0)

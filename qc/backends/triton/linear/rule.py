@@ -134,16 +134,10 @@ class LinearLaunches:
                 f"products.partial({target}, acc0, out, rows, part, ROWS, {step.outer}, BN)"
             )
         else:
-<<<<<<< HEAD
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
             emission.line(
                 f"products.store({target}, acc0, out, places, {step.outer}, {after}, BN)"
-=======
-            emission.line(f"places = inputs.places(rows, {step.outer}, 1, {source.after})")
-            emission.line(
-                f"products.store({target}, acc0, out, places, {step.outer}, {source.after}, BN)"
->>>>>>> t2
             )
         return self.finish(emission, "chain", tiling, step.outer, multiple, step.parts)
 
