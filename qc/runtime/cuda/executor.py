@@ -220,11 +220,11 @@ class CudaBinding(Binding):
         self.arena_bytes = placement.arena
         self._arena = executor.scratch(placement.arena)
         values = program.manifest.values
-        self._moving = [parse_expression(text) for text in moving_sizes(listing.steps)]
+        self._moving_sizes = [parse_expression(text) for text in moving_sizes(listing.steps)]
         given = [i for i, value in enumerate(values) if value.kind == "input"]
         taken = [i for i, value in enumerate(values) if value.kind == "output"]
         shapes = placement.shapes
-        moving = np.dtype(np.int32), (len(self._moving), SLOT // 4)
+        moving = np.dtype(np.int32), (len(self._moving_sizes), SLOT // 4)
         self._in = Staging(self._driver, [moving, *(layout(values[i], shapes[i]) for i in given)])
         self._out = Staging(self._driver, [layout(values[i], shapes[i]) for i in taken])
         self._addresses = {
@@ -238,7 +238,7 @@ class CudaBinding(Binding):
         self.outputs = {values[i].name: a for i, a in zip(taken, self._out.arrays, strict=True)}
         places = {
             each.text: self._in.addresses[0] + SLOT * number
-            for number, each in enumerate(self._moving)
+            for number, each in enumerate(self._moving_sizes)
         }
         writer = LaunchWriter(program, self._size, self._addresses, places)
         self._launches = list(writer.launches(listing.steps))
@@ -259,7 +259,7 @@ class CudaBinding(Binding):
 
     def _set_sizes(self, past: int) -> None:
         self._symbols[PAST] = past
-        self._in.arrays[0][:, 0] = [each(self._symbols) for each in self._moving]
+        self._in.arrays[0][:, 0] = [each(self._symbols) for each in self._moving_sizes]
 
     def _enqueue(self) -> None:
         """Put everything on the stream."""

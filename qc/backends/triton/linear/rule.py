@@ -136,9 +136,7 @@ class LinearLaunches:
         else:
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
-            emission.line(
-                f"products.store({target}, acc0, out, places, {step.outer}, {after}, BN)"
-            )
+            emission.line(f"products.store({target}, acc0, out, places, {step.outer}, {after}, BN)")
         return self.finish(emission, "chain", tiling, step.outer, multiple, step.parts)
 
     def main(self, stages: Stages) -> list[Launch]:
