@@ -1,4 +1,4 @@
-"""Linear regions to try GPU kernels with. No hypothesis, no TVM: a GPU machine runs them as well."""
+"""Linear regions to try GPU kernels with; no hypothesis, no TVM: a GPU machine runs them, too."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ class Case:
             case "residual":
                 root = make(ops.Binary("add"), residual, make(ops.Linear(), x, first))
             case "gated":
-                pair = make(ops.Linear(), x, first), make(ops.Linear(), x, self.weight("w1", values))
+                pair = (
+                    make(ops.Linear(), x, first),
+                    make(ops.Linear(), x, self.weight("w1", values)),
+                )
                 root = make(ops.GatedActivation("silu"), *pair)
             case "all":
                 root = make(ops.Unary("silu"), make(ops.Linear(), x, first, vector))

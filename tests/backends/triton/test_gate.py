@@ -98,9 +98,7 @@ def test_the_parameters_of_a_binary_are_those_of_its_launch(tmp_path: Path) -> N
     sizes = re.findall(r"Ordinal\s*:\s*0x\w+\s+Offset\s*:\s*0x\w+\s+Size\s*:\s*0x(\w+)",
                        inspect(cubin.binary, "-elf"))  # fmt: skip
     expected = [8 if each.startswith("*") else 4 for each in cubin.parameters]
-    assert sorted(int(each, 16) for each in sizes) == sorted(
-        expected + [8] * HIDDEN_PARAMETERS
-    )
+    assert sorted(int(each, 16) for each in sizes) == sorted(expected + [8] * HIDDEN_PARAMETERS)
 
 
 def test_a_loop_without_tensor_cores_is_objected_to(tmp_path: Path) -> None:
