@@ -24,7 +24,9 @@ BUCKETS: tuple[int | None, ...] = (4, 8, 16, 32, 64, None)
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
 or more would send Triton through tensor memory on Blackwell. Single entries are not multiplied by
 tensor cores: a sum that has them has a bucket of its own for one row."""
-LEAST_TILE, LARGEST_TILE = 4, 64
+LARGEST_TILE = 64
+LEAST_COPIED = 256
+"""Values of x that 128 threads copy at once, at least: asynchronous copies take 4 bytes."""
 MOST_PARTS = 8
 PROGRAMS = 2
 """Programs that every multiprocessor should have."""
@@ -207,7 +209,8 @@ class LinearLaunches:
         rows = LARGEST_TILE if self.bucket is None else self.bucket * multiple
         rows = min(LARGEST_TILE, 1 << (rows - 1).bit_length())
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
-        single, rows = rows == 1, max(rows, LEAST_TILE)
+        narrowest = min((term.unit for term in terms), default=64)
+        single, rows = rows == 1, max(rows, LEAST_COPIED // narrowest)
         if coded:
             return Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128, single)
         return Tiling(32, rows, 4, 2, single=single)
