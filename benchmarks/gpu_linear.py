@@ -171,7 +171,6 @@ def measure(
         for _ in range(max(2, -(-CACHED // (2 * problem.outer * problem.inner))))
     ]
     found = []
-    held: list[dict[Any, Tensor]] = []
     for rows in COUNTS:
         values = operands(problem, node, rows)
         results = torch.full((rows, problem.outer), float("nan"), dtype=torch.float16).cuda()
@@ -190,7 +189,6 @@ def measure(
             )
         )
         print(json.dumps({**asdict(found[-1])}, ensure_ascii=False), flush=True)
-    del held
     return found
 
 

@@ -38,6 +38,7 @@ class Emission:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     constants: dict[str, Constant] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)
+    decoders: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
     depth: int = 1
@@ -124,7 +125,8 @@ def load_function(source: str, name: str, folder: Path | None = None) -> Any:
             written.write_text(source)
             written.replace(path)  # never half a module, also with several processes at work
         spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[module_name] = module

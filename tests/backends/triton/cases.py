@@ -1,4 +1,4 @@
-"""Linear regions to try GPU kernels with. No hypothesis, no TVM: a GPU machine runs them as well."""
+"""Linear regions to try GPU kernels with; no hypothesis, no TVM: a GPU machine runs them, too."""
 
 from __future__ import annotations
 

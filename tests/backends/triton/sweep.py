@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.backends.triton.cases import Case
-
 from qc.ir.weights.catalog import example_formats
+from tests.backends.triton.cases import Case
 
 SHAPES = ((48, 96, 1), (50, 128, 3), (33, 70, 5), (64, 256, 2), (96, 160, 17), (130, 512, 1))
 """out, in, rows, in turns."""

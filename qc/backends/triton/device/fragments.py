@@ -117,8 +117,7 @@ def left(upper, lower, OUT: tl.constexpr):
 def left64(a, b, c, d, OUT: tl.constexpr):
     """Turn the words of two runs of 32 channels into a left operand [OUT, 64]."""
     both = tl.join(tl.join(a, b), tl.join(c, d))  # [block, g, t, s, h, p, rows, run]
-    order: tl.constexpr = (0, 6, 1, 7, 3, 4, 2, 5)
-    return tl.reshape(tl.permute(both, order), [OUT, 64])
+    return tl.reshape(tl.permute(both, (0, 6, 1, 7, 3, 4, 2, 5)), [OUT, 64])
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def summed(at, out, rows, ROWS, PARTS: tl.constexpr, OUT: tl.constexpr):
     here = rows[None, :].to(tl.int64) * OUT + out[:, None]
     acc = tl.load(at + here)
     for part in tl.static_range(1, PARTS):
-        acc += tl.load(at + here + part * ROWS.to(tl.int64) * OUT)
+        acc += tl.load(at + here + part * OUT * ROWS)
     return acc
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.linear.loop import declare
@@ -33,7 +33,7 @@ entries, and a tile takes as long as its longest."""
 
 def together(outputs: int, rows: int) -> int:
     """Return how many single entries of a row are added at once."""
-    return max(1, min(32, MOST_ELEMENTS // (outputs * rows)))
+    return max(1, min(128, MOST_ELEMENTS // (outputs * rows)))
 
 
 def width_of(each: EntriesOf) -> int:
@@ -45,12 +45,13 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) ->
     """Write a loop over the entries of each output."""
     place, entries = each.place, each.entries
     x = declare(emission, each.source)
-    channels, apart, rows = each.source.channels, 1, 1
+    channels, apart, rows = each.source.channels, 1, 1 if tile.single else tile.rows
     if each.across:
-        apart = rows = tile.rows
+        apart = tile.rows
         emission.line(f"places = inputs.tile_across(0, BM, {channels})")
     else:
-        emission.line(f"places = inputs.places(inputs.numbers(0, 1, ROWS), {channels}, 1, 1)")
+        read = "inputs.numbers(0, 1, ROWS)" if tile.single else "rows"
+        emission.line(f"places = inputs.places({read}, {channels}, 1, 1)")
     start, stop = (
         emission.bind("{}(out{})".format(*place.function(emission, place.named(found), (ROW,))))
         for found in (entries.start, entries.stop)

@@ -61,8 +61,9 @@ class Term(ABC):
 
 
 AHEAD = 1
-"""Steps that factors are loaded ahead (Triton pipelines no loop that passes values on further). It does the same for what it multiplies by tensor cores,
-through shared memory; factors stand behind the product, so they wait in registers."""
+"""Steps that factors are loaded ahead. Triton loads what tensor cores multiply ahead by itself,
+through shared memory; factors stand behind the product, so they wait in registers. One step, for
+Triton pipelines no loop that passes values on further."""
 
 
 @dataclass

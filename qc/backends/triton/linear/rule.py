@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,17 +15,21 @@ from qc.backends.triton.linear.entries import Tiling, emit_entries, rows_of_tile
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
-from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
+from qc.backends.triton.linear.stages import LONG_CHAIN, EntriesOf, Stages, Step
 from qc.ir.types import Dim, as_dim
 
 DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "products")
-BUCKETS: tuple[int | None, ...] = (4, 8, 16, 32, None)
+BUCKETS: tuple[int | None, ...] = (4, 8, 16, 32, 64, None)
 """Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
 or more would send Triton through tensor memory on Blackwell. Single entries are not multiplied by
 tensor cores: a sum that has them has a bucket of its own for one row."""
-LEAST_TILE, LARGEST_TILE = 4, 64
+LARGEST_TILE = 64
+LEAST_COPIED = 256
+"""Values of x that 128 threads copy at once, at least: asynchronous copies take 4 bytes."""
 MOST_PARTS = 8
+PROGRAMS = 2
+"""Programs that every multiprocessor should have."""
 LEAST_STEPS = 4
 """Steps of the loop that a part has at least: fewer do not fill the pipeline."""
 
@@ -50,7 +54,7 @@ class LinearLaunches:
 
     def stages(self) -> Stages:
         """Plan the terms of all weights."""
-        stages, linear = Stages(self.rows, rows_of_tile(self.bucket)), self.linear
+        stages, linear = Stages(self.rows, self.bucket, rows_of_tile(self.bucket)), self.linear
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
             operand = linear.operand(node.inputs[1])
@@ -125,6 +129,8 @@ class LinearLaunches:
         source = step.source
         multiple = source.before * source.after
         tiling = self.tiling([term], multiple)
+        if step.parts > 1:
+            tiling = replace(tiling, width=LONG_CHAIN)
         emission = self.emission("step", tiling, step.outer, multiple)
         emission.line("acc0 = products.zeros(BN, BM)")
         emit_loop(emission, source, [("acc0", term)], step.parts, tiling.width)
@@ -161,6 +167,7 @@ class LinearLaunches:
                 at = emission.array(f"{acc}_parts", partial[acc], torch.float32)
                 emission.line(f"products.partial({at}, {acc}, out, rows, part, ROWS, {outer}, BN)")
             launches.append(self.finish(emission, name, tiling, outer, 1, parts))
+            tiling = self.after_parts(tiling, stages)
             emission = self.emission("finish", tiling, outer, 1)
             for acc in accs:
                 at = emission.array(f"{acc}_parts", partial[acc], torch.float32)
@@ -202,10 +209,16 @@ class LinearLaunches:
         rows = LARGEST_TILE if self.bucket is None else self.bucket * multiple
         rows = min(LARGEST_TILE, 1 << (rows - 1).bit_length())
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
-        single, rows = rows == 1, max(rows, LEAST_TILE)
+        narrowest = min((term.unit for term in terms), default=64)
+        single, rows = rows == 1, max(rows, LEAST_COPIED // narrowest)
         if coded:
-            return Tiling(64, rows, 4, 4, 256 if rows <= 16 else 128, single)
+            return Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128, single)
         return Tiling(32, rows, 4, 2, single=single)
+
+    def after_parts(self, tiling: Tiling, stages: Stages) -> Tiling:
+        """Choose the tile of the launch that adds up parts: narrow, for it waits for memory
+        rather than works."""
+        return replace(tiling, outputs=16 if stages.entries else 32, stages=1)
 
     def parts(self, loops: list[tuple[Source, list[tuple[str, Term]]]], tiling: Tiling) -> int:
         """Choose among how many programs the channels of x are split."""
@@ -213,11 +226,12 @@ class LinearLaunches:
             return 1
         source, looped = loops[0]
         gpu = getattr(self.linear.region.target, "gpu", None)
-        wanted = 2 * (gpu.multiprocessors if gpu else 108)
+        wanted = PROGRAMS * (gpu.multiprocessors if gpu else 108)
         width = step_width(source, [term for _, term in looped], tiling.width)
         steps = -(-source.channels // width)
         programs = -(-self.linear.outer // tiling.outputs)
-        return max(1, min(MOST_PARTS, wanted // programs, steps // LEAST_STEPS))
+        parts = max(1, min(MOST_PARTS, -(-wanted // programs), steps // LEAST_STEPS))
+        return -(-steps // -(-steps // parts))  # without those that would have nothing to do
 
 
 def source_of(linear: LinearRegion) -> Source:

@@ -28,6 +28,7 @@ LONG_CHAIN = 128
 """Channels of a step of a chain that one program adds up; more are split among several. Such steps
 have few outputs: their time is that of one program."""
 MOST_PARTS = 32
+FEW_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class Stages:
     """The work of one linear region for one number of rows."""
 
     rows: Dim
+    bucket: int | None
     tile: int
-    """Rows of a tile of launches for entries; 1: there is one row at all."""
+    """Rows of a tile of launches for entries."""
     steps: list[Step] = field(default_factory=list)
     loops: dict[Source, list[tuple[str, Term]]] = field(default_factory=dict)
     entries: list[tuple[str, EntriesOf]] = field(default_factory=list)
@@ -80,7 +82,8 @@ class Stages:
         """Plan the product of a term with some rows."""
         match place.format.structure(place.shape):
             case None:
-                self.loops.setdefault(source, []).append((acc, multiplied(place)))
+                rows = self.plain(source) if source.kind == "quantized" else source
+                self.loops.setdefault(rows, []).append((acc, multiplied(place)))
             case Selected(index, part):
                 self.add_selected(acc, place, index, place.part(part), self.plain(source))
             case Chain() as chain:
@@ -89,9 +92,10 @@ class Stages:
                 self.add_entries(acc, place, entries, self.plain(source))
 
     def add_entries(self, acc: str, place: Place, entries: Entries, source: Source) -> None:
-        """Entries gather x: for one row in the main launch; for several in a launch of their own,
+        """Entries gather x: for few rows in the main launch; for more in a launch of their own,
         whose tiles are narrow, from a copy in which the rows of a channel are neighbours."""
-        if self.tile == 1:
+        few = FEW_ROWS if entries.width == 1 else 1
+        if self.bucket is not None and self.bucket <= few:
             self.entries.append((acc, EntriesOf(place, entries, source)))
             return
         across = self.across(source)
@@ -118,6 +122,7 @@ class Stages:
 
     def add_chain(self, acc: str, place: Place, chain: Chain, source: Source) -> None:
         *first, last = chain.steps
+        source = self.plain(source) if source.kind == "quantized" else source
         for step in first:
             source = self.step(place.part(step.part), viewed(source, step.before, step.after, self))
         source = viewed(source, last.before, last.after, self)
