@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from qc.backends.linear_region import match_linear
 from qc.backends.lowering import region_key, single_nodes
-from qc.backends.region import Region, region_of
+from qc.backends.region import region_of
 from qc.backends.triton.kernel import Call
 from qc.checking.linears import SIXTEEN_BITS, PlannedLinear, parameter_of
 from qc.checking.roofline import Work

@@ -24,11 +24,10 @@ class Access:
 
 
 def dependencies(order: Sequence[Access]) -> list[set[int]]:
-    """Return, for each launch, the earlier ones that it waits for; those that these wait for are
-    left out where they are reached through one of the same memory."""
-    marks = sorted(
-        {mark for each in order for span in (*each.reads, *each.writes) for mark in span}
-    )
+    """Return, for each launch, the earlier ones that it waits for; of those that touched the same
+    memory, only the last, which waits for the others itself."""
+    spans = {span for each in order for span in (*each.reads, *each.writes)}
+    marks = sorted({mark for span in spans for mark in span})
     writer: list[int | None] = [None] * len(marks)
     readers: list[list[int]] = [[] for _ in marks]
 

@@ -50,8 +50,8 @@ def launches_of(name: str, architecture: str) -> list[Launch]:
 def parameter_sizes(binary: bytes) -> list[int]:
     """Read the bytes of each parameter of a kernel off its machine code."""
     text = inspect(binary, "-elf")
-    found = re.findall(r"Ordinal\s*:\s*0x([0-9a-f]+)\s+Offset\s*:\s*0x[0-9a-f]+\s+Size\s*:\s*0x([0-9a-f]+)",
-                       text)  # fmt: skip
+    line = r"Ordinal\s*:\s*0x([0-9a-f]+)\s+Offset\s*:\s*0x[0-9a-f]+\s+Size\s*:\s*0x([0-9a-f]+)"
+    found = re.findall(line, text)
     return [int(size, 16) for _, size in sorted((int(n, 16), size) for n, size in found)]
 
 
