@@ -30,6 +30,8 @@ LEAST_COPIED = 256
 MOST_PARTS = 8
 PROGRAMS = 2
 """Programs that every multiprocessor should have."""
+LONG_LOOP = 16
+"""Steps of a loop that takes longer than a second launch, which adds up what parts leave."""
 LEAST_STEPS = 4
 """Steps of the loop that a part has at least: fewer do not fill the pipeline."""
 
@@ -229,6 +231,8 @@ class LinearLaunches:
         wanted = PROGRAMS * (gpu.multiprocessors if gpu else 108)
         width = step_width(source, [term for _, term in looped], tiling.width)
         steps = -(-source.channels // width)
+        if steps < LONG_LOOP:
+            return 1
         programs = -(-self.linear.outer // tiling.outputs)
         parts = max(1, min(MOST_PARTS, -(-wanted // programs), steps // LEAST_STEPS))
         return -(-steps // -(-steps // parts))  # without those that would have nothing to do
