@@ -333,6 +333,23 @@ class Lowering(ABC, Generic[Found, Code]):
         return self.places[copied]["values"]
 
 
+def single_nodes(node: Node) -> list[Node]:
+    """Return the parts of a fused node, each fused alone, as they are lowered where no rule takes
+    the whole; operands outside stay what they are."""
+    assert isinstance(node.op, Fused)
+    body = node.op.body
+    image: dict[Node, Node] = dict(zip(body.inputs, node.inputs, strict=True))
+    parts = []
+    for part in body.nodes:
+        if isinstance(part.op, ops.Input):
+            continue
+        outer = Node(part.op, tuple(image[i] for i in part.inputs), part.type, node.origin)
+        image[part] = outer
+        if not isinstance(part.op, ops.Scalar | ops.Reshape):
+            parts.append(fuse(part.op.name, outer, frozenset({outer})))
+    return parts
+
+
 def given_once(array: Tensor) -> Callable[[], Tensor]:
     """Return a function that gives `array` away, so that it is freed once it is written."""
     held = [array]

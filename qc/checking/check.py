@@ -142,6 +142,10 @@ def kernel_count(graph: Graph, target: Target) -> int:
     """Count the kernels that a planned graph needs: equal regions share one."""
     if target.device == "torch":
         return 0
+    if target.gpu is not None:
+        from qc.checking.gpu import gpu_kernel_count
+
+        return gpu_kernel_count(graph, target)
     from qc.backends.lowering import region_key
     from qc.backends.region import region_of
 

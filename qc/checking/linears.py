@@ -48,13 +48,24 @@ def linears_of(graph: Graph, target: Target) -> list[PlannedLinear]:
             for node in graph.nodes
             if isinstance(node.op, ops.Linear) and isinstance(node.inputs[1].op, ops.Parameter)
         ]
+    if target.gpu is not None:
+        from qc.checking.gpu import GpuChooser
+
+        on_gpu = GpuChooser(target)
+        return [linear for node in graph.nodes for linear in on_gpu.linears(node)]
     chooser = KernelChooser(target)
     return [linear for node in graph.nodes for linear in chooser.linears(node)]
 
 
 def require_kernels(graph: Graph, target: Target) -> None:
     """Refuse a planned graph with a linear that no kernel computes, without choosing kernels:
-    what the rules for linears match, the last of them takes in any format."""
+    what the rules for linears match, the last of them takes in any format. For a GPU, refuse what
+    has no kernel, whatever it is: there is no torch between launches."""
+    if target.gpu is not None:
+        from qc.checking.gpu import require_gpu_kernels
+
+        require_gpu_kernels(graph, target)
+        return
     from qc.backends.linear_region import match_linear
     from qc.backends.region import region_of
 

@@ -881,5 +881,6 @@ def _check_launch(at: int, step: Step, code: Mapping[str, Code]) -> None:
         moves = isinstance(argument, Scalar) and PAST in parse_expression(argument.symbol).symbols
         if (isinstance(argument, ValueArg) or moves) != (kind == "pointer"):
             raise ArtifactError(
-                f"{MANIFEST}: argument {number} of step {at} is no {kind}, which {step.kernel} takes"
+                f"{MANIFEST}: argument {number} of step {at} is no {kind}, "
+                f"which {step.kernel} takes"
             )

@@ -14,9 +14,12 @@ static struct { uint64_t at; size_t size; } blocks[MOST];
 static size_t count_blocks, live;
 static char functions[MOST][64];
 static int allowed[MOST], count_functions;
-typedef struct { int kind; int function; unsigned grid[3]; uint64_t args[16]; uint64_t a, b; size_t n; } Record;
-typedef struct { Record items[MOST]; int count; } Graph;
+enum { MOST_WAITS = 64 };
+typedef struct { int kind; int function; unsigned grid[3]; uint64_t args[16]; uint64_t a, b; size_t n; int waits[MOST_WAITS], count; } Record;
+typedef struct { Record items[1024]; int count; } Graph;
 static Graph *capturing;
+static void *waiting[1024]; /* what the next record waits for: numbers of records, from 1 on */
+static int count_waiting;
 static int launches, graph_launches, capability = 90, most_shared = 232448;
 static char log_text[1 << 16];
 
@@ -65,6 +68,9 @@ static Record *record(int kind) {
   Record *r = &capturing->items[capturing->count++];
   memset(r, 0, sizeof *r);
   r->kind = kind;
+  for (int i = 0; i < count_waiting; i++) r->waits[r->count++] = (int)(intptr_t)waiting[i] - 1;
+  waiting[0] = (void *)(intptr_t)capturing->count;
+  count_waiting = 1;
   return r;
 }
 static CUresult copy(uint64_t to, uint64_t from, size_t n, int device_to, int device_from) {
@@ -177,7 +183,22 @@ CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned
 }
 CUresult cuStreamCreate(void **s, unsigned f) { (void)f; *s = (void *)3; return 0; }
 CUresult cuStreamSynchronize(void *s) { (void)s; return capturing ? INVALID : 0; }
-CUresult cuStreamBeginCapture_v2(void *s, int m) { (void)s; (void)m; capturing = calloc(1, sizeof *capturing); return 0; }
+CUresult cuStreamBeginCapture_v2(void *s, int m) { (void)s; (void)m; capturing = calloc(1, sizeof *capturing); count_waiting = 0; return 0; }
+CUresult cuStreamGetCaptureInfo_v2(void *s, int *status, uint64_t *id, void **graph, void ***nodes, size_t *n) {
+  (void)s;
+  *status = capturing != NULL; *id = 1; *graph = capturing; *nodes = waiting; *n = count_waiting;
+  return 0;
+}
+CUresult cuStreamUpdateCaptureDependencies(void *s, void **nodes, size_t n, unsigned flags) {
+  (void)s;
+  if (flags != 1 || !capturing || n > MOST_WAITS) return INVALID;
+  for (size_t i = 0; i < n; i++) {
+    if ((intptr_t)nodes[i] < 1 || (intptr_t)nodes[i] > capturing->count) return INVALID;
+    waiting[i] = nodes[i];
+  }
+  count_waiting = (int)n;
+  return 0;
+}
 CUresult cuStreamEndCapture(void *s, void **g) { (void)s; *g = capturing; capturing = NULL; return 0; }
 CUresult cuGraphInstantiateWithFlags(void **e, void *g, unsigned long long f) {
   (void)f;
@@ -188,8 +209,16 @@ CUresult cuGraphInstantiateWithFlags(void **e, void *g, unsigned long long f) {
 CUresult cuGraphLaunch(void *e, void *s) {
   (void)s;
   Graph *g = e;
+  char done[1024] = {0};
   graph_launches++;
-  for (int i = 0; i < g->count; i++) {
+  for (int left = g->count; left; left--) {
+    int i = g->count - 1; /* the last that may run does: whatever is not waited for comes late */
+    for (;; i--) {
+      int ready = !done[i];
+      for (int k = 0; k < g->items[i].count; k++) ready &= done[g->items[i].waits[k]];
+      if (ready) break;
+    }
+    done[i] = 1;
     Record *r = &g->items[i];
     CUresult error = r->kind == 0 ? run_kernel(r->function, r->grid, r->args)
                                   : copy(r->a, r->b, r->n, r->kind == 1, r->kind == 2);

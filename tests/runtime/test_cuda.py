@@ -12,6 +12,7 @@ from qc.cli import main
 from qc.errors import ArtifactError, ContextLengthError, UnsupportedError
 from qc.runtime import load
 from qc.runtime.cuda.executor import CudaProgram
+from qc.runtime.cuda.order import Access, dependencies
 from tests.runtime import cuda, toy
 
 
@@ -65,6 +66,19 @@ def test_calls_that_come_again_are_one_graph(tmp_path: Path) -> None:
     assert stub.stub_log().decode().splitlines()[:4] == [
         "embed 1x1x1", "append 1x1x1", "mix 1x1x1", "head 1x1x1",
     ]  # fmt: skip
+
+
+def test_launches_wait_for_the_memory_that_they_share() -> None:
+    left, right, scratch = (0, 64), (64, 128), (256, 320)
+    order = [
+        Access((), (left,)),
+        Access((left,), (right,)),
+        Access((left,), (scratch,)),  # beside the one before: both read
+        Access((), ((32, 80),)),  # over both of what was read and written
+        Access((right, scratch), ()),
+        Access((), (left,)),
+    ]
+    assert dependencies(order) == [set(), {0}, {0}, {1, 2}, {1, 2, 3}, {1, 2, 3}]
 
 
 def test_profile_names_every_kernel(tmp_path: Path) -> None:

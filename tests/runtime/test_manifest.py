@@ -279,7 +279,7 @@ def test_launches_are_written_and_read() -> None:
         (put("code.embed", ...), "step 0 calls the kernel 'embed', not in code"),
         (put("code.embed.warps", 64), '"warps" of kernel .embed. must be an integer from 1 to 32'),
         (put("code.embed.parameters", ["pointer"]), "step 0 passes 5 arguments; embed takes 1"),
-        (put("code.embed.parameters.0", "i32"), "argument 0 of step 0 is no i32, which embed takes"),
+        (put("code.embed.parameters.0", "i32"), "argument 0 of step 0 is no i32, which embed"),
         (put("code.embed.parameters.3", "pointer"), "argument 3 of step 0 is no pointer"),
         (put("code.append.parameters.2", "i32"), "argument 2 of step 1 is no i32"),
         (put("code.embed.parameters.0", "f32"), "must be of pointer, i32, i64"),

@@ -9,9 +9,9 @@ from pathlib import Path
 from qc.backends.artifact import ArtifactFacts, Progress, generation_facts, tokenizer_files
 from qc.backends.lowering import Lowered
 from qc.backends.stored import tensor_sources
-from qc.backends.triton.compile import Cubin, compile_launch
+from qc.backends.triton.compile import compile_launch
 from qc.backends.triton.golden import Golden, golden_checks
-from qc.backends.triton.kernel import Launch
+from qc.backends.triton.kernel import Cubin, Launch
 from qc.backends.triton.lower import GpuLowering
 from qc.backends.triton.rules import GPU_RULES
 from qc.errors import TargetError

@@ -23,6 +23,7 @@ _MAJOR, _MINOR, _SHARED, _NAME_BYTES = 75, 76, 97, 256
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_LIMIT = 48 * 1024
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+_SET_DEPENDENCIES = 1  # CU_STREAM_SET_CAPTURE_DEPENDENCIES
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _OUT_OF_MEMORY = 2
 
@@ -56,6 +57,14 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamSynchronize": (Handle,),
     "cuStreamBeginCapture_v2": (Handle, ctypes.c_int),
     "cuStreamEndCapture": (Handle, ctypes.POINTER(Handle)),
+    "cuStreamGetCaptureInfo_v2": (
+        Handle, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(Handle), ctypes.POINTER(ctypes.POINTER(Handle)),
+        ctypes.POINTER(ctypes.c_size_t),
+    ),
+    "cuStreamUpdateCaptureDependencies": (
+        Handle, ctypes.POINTER(Handle), ctypes.c_size_t, ctypes.c_uint,
+    ),
     "cuGraphInstantiateWithFlags": (ctypes.POINTER(Handle), Handle, ctypes.c_ulonglong),
     "cuGraphLaunch": (Handle, Handle),
     "cuGraphDestroy": (Handle,),
@@ -218,6 +227,23 @@ class Driver:
     def begin_capture(self) -> None:
         """Record what follows on the stream instead of running it."""
         self.call("cuStreamBeginCapture_v2", self.stream, _THREAD_LOCAL)
+
+    def wait_for(self, nodes: Sequence[int]) -> None:
+        """Let what is recorded next wait for these nodes, and for no others."""
+        array = (Handle * max(1, len(nodes)))(*nodes)
+        self.call(
+            "cuStreamUpdateCaptureDependencies", self.stream, array, len(nodes), _SET_DEPENDENCIES
+        )
+
+    def recorded(self) -> list[int]:
+        """Return the nodes that what is recorded next would wait for: what was recorded last."""
+        status, number, graph = ctypes.c_int(), ctypes.c_uint64(), Handle()
+        nodes, count = ctypes.POINTER(Handle)(), ctypes.c_size_t()
+        self.call(
+            "cuStreamGetCaptureInfo_v2", self.stream, ctypes.byref(status), ctypes.byref(number),
+            ctypes.byref(graph), ctypes.byref(nodes), ctypes.byref(count),
+        )  # fmt: skip
+        return [nodes[i] or 0 for i in range(count.value)]
 
     def end_capture(self) -> Handle:
         """Return what was recorded, ready to be launched as one."""

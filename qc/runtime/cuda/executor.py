@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from qc.errors import ArtifactError
 from qc.runtime.cuda.driver import LIBRARY, Driver, Function, find_driver
 from qc.runtime.cuda.memory import DeviceMemory, DeviceState, Staging, round_up
+from qc.runtime.cuda.order import Access, dependencies
 from qc.runtime.dtypes import DType
 from qc.runtime.executor import Binding, Executor, Program, StepList
 from qc.runtime.expression import Expression, parse_expression
@@ -220,11 +222,11 @@ class CudaBinding(Binding):
         self.arena_bytes = placement.arena
         self._arena = executor.scratch(placement.arena)
         values = program.manifest.values
-        self._moving = [parse_expression(text) for text in moving_sizes(listing.steps)]
+        self._moving_sizes = [parse_expression(text) for text in moving_sizes(listing.steps)]
         given = [i for i, value in enumerate(values) if value.kind == "input"]
         taken = [i for i, value in enumerate(values) if value.kind == "output"]
         shapes = placement.shapes
-        moving = np.dtype(np.int32), (len(self._moving), SLOT // 4)
+        moving = np.dtype(np.int32), (len(self._moving_sizes), SLOT // 4)
         self._in = Staging(self._driver, [moving, *(layout(values[i], shapes[i]) for i in given)])
         self._out = Staging(self._driver, [layout(values[i], shapes[i]) for i in taken])
         self._addresses = {
@@ -238,7 +240,7 @@ class CudaBinding(Binding):
         self.outputs = {values[i].name: a for i, a in zip(taken, self._out.arrays, strict=True)}
         places = {
             each.text: self._in.addresses[0] + SLOT * number
-            for number, each in enumerate(self._moving)
+            for number, each in enumerate(self._moving_sizes)
         }
         writer = LaunchWriter(program, self._size, self._addresses, places)
         self._launches = list(writer.launches(listing.steps))
@@ -259,7 +261,7 @@ class CudaBinding(Binding):
 
     def _set_sizes(self, past: int) -> None:
         self._symbols[PAST] = past
-        self._in.arrays[0][:, 0] = [each(self._symbols) for each in self._moving]
+        self._in.arrays[0][:, 0] = [each(self._symbols) for each in self._moving_sizes]
 
     def _enqueue(self) -> None:
         """Put everything on the stream."""
@@ -269,10 +271,19 @@ class CudaBinding(Binding):
         self._out.download()
 
     def _record(self) -> None:
-        """Make a graph of everything."""
-        self._driver.begin_capture()
+        """Make a graph of everything, in which launches wait only for what they need."""
+        driver, nodes = self._driver, list[int]()
+        order = [launch.access for launch in self._launches]
+        driver.begin_capture()
         try:
-            self._enqueue()
+            self._in.upload()
+            first = driver.recorded()
+            for launch, waits in zip(self._launches, dependencies(order), strict=True):
+                driver.wait_for([nodes[number] for number in sorted(waits)] or first)
+                launch.enqueue(driver)
+                nodes += driver.recorded()
+            driver.wait_for(nodes or first)
+            self._out.download()
         except BaseException:
             self._driver.refused("cuStreamEndCapture", self._driver.stream, ctypes.byref(Handle()))
             raise
@@ -290,9 +301,7 @@ class CudaBinding(Binding):
             self._driver.record(event)
         self._out.download()
         self._driver.synchronize()
-        times = [
-            self._driver.seconds_between(a, b) for a, b in zip(events, events[1:], strict=False)
-        ]
+        times = [self._driver.seconds_between(a, b) for a, b in pairwise(events)]
         for event in events:
             self._driver.refused("cuEventDestroy_v2", event)
         return np.array(times)
@@ -314,9 +323,14 @@ class Launch:
     """A step with its arguments in place."""
 
     def __init__(
-        self, step: KernelStep, function: Function, grid: Sequence[int], slots: list[Any]
+        self,
+        step: KernelStep,
+        function: Function,
+        grid: Sequence[int],
+        slots: list[Any],
+        access: Access,
     ) -> None:
-        self.step, self.function, self.grid = step, function, grid
+        self.step, self.function, self.grid, self.access = step, function, grid, access
         self.slots = slots  # the driver reads them through `arguments`
         self.arguments = (Handle * len(slots))(*[ctypes.addressof(slot) for slot in slots])
 
@@ -356,7 +370,20 @@ class LaunchWriter:
             slots += [ctypes.c_uint64(0)] * HIDDEN_POINTERS
             grid = tuple(self.size(dim) for dim in step.grid)
             if 0 not in grid:
-                yield Launch(step, self.program.device.functions[step.kernel], grid, slots)
+                function = self.program.device.functions[step.kernel]
+                yield Launch(step, function, grid, slots, self.access(step))
+
+    def access(self, step: KernelStep) -> Access:
+        """Return the memory of the values that a step reads and writes."""
+        return Access(
+            tuple(self.span(index) for index in step.reads),
+            tuple(self.span(index) for index in step.writes),
+        )
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Return where a value lies."""
+        value, start = self.program.manifest.values[index], self.addresses[index]
+        return start, start + self.count(value.shape) * value.element.bytes
 
     def slot(self, step: KernelStep, argument: ValueArg | Scalar, kind: str) -> Any:
         """Return one argument as the driver takes it."""

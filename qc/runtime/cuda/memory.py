@@ -115,9 +115,8 @@ class Staging:
         self._device = DeviceMemory(driver, self._size)
         self._host = driver.allocate_host(self._size)
         weakref.finalize(self, _free, driver, "cuMemFreeHost", self._host)
-        raw = np.frombuffer(
-            (ctypes.c_ubyte * max(self._size, 1)).from_address(self._host), np.uint8
-        )
+        bytes_here = (ctypes.c_ubyte * max(self._size, 1)).from_address(self._host)
+        raw = np.frombuffer(memoryview(bytes_here), np.uint8)
         self.arrays: list[NDArray[Any]] = []
         self.addresses: list[int] = []
         at = 0

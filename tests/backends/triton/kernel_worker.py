@@ -1,8 +1,8 @@
 """Run what the interpreter is needed for, and print the errors found as JSON.
 
 A process of its own, because Triton decides whether it interprets when it is imported, for all of
-its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker kernels
-| model TARGET RECIPE FOLDER`.
+its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker` with
+`kernels`, or `model RECIPE FOLDER`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tests.backends.triton import interpreted  # before triton
