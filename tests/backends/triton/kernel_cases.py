@@ -74,6 +74,22 @@ def quantized_norm(group: int | None, channels: int) -> Case:
     return rows(root, channels=channels)
 
 
+def rotated(channels: int, block: int, order: int, after: bool, before: bool) -> Case:
+    """A rotation, perhaps behind a norm, perhaps in front of codes."""
+    x, gain, factor = (
+        value("x", BATCH, SEQ, channels),
+        value("g", channels),
+        value("f", order, order),
+    )
+    source = make(ops.RMSNorm(1e-5), x, gain) if before else x
+    root = make(ops.Hadamard(block), source, factor)
+    if after:
+        root = make(ops.Quantize(ActivationFormat(8, 32)), root)
+    mixing = torch.linalg.qr(torch.randn(order, order)).Q
+    values = {x: torch.randn(2, 3, channels), gain: torch.rand(channels) + 0.5, factor: mixing}
+    return case_of(root, values, SIZES)
+
+
 def residual_norm() -> Case:
     """Element by element in front of a norm and behind it."""
     x, y, gain = value("x", BATCH, SEQ, 40), value("y", BATCH, SEQ, 40), value("g", 40)
@@ -227,6 +243,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "quantize in groups": partial(quantized_norm, 32, 56),
     "quantize a token": partial(quantized_norm, None, 33),
     "residual and norm": residual_norm,
+    "rotation": partial(rotated, 64, 64, 1, False, False),
+    "rotation of blocks, quantized": partial(rotated, 128, 32, 1, True, True),
+    "rotation by a factor": partial(rotated, 96, 48, 12, False, True),
+    "rotation by a factor, quantized": partial(rotated, 72, 36, 36, True, False),
     "angles": angles,
     "embedding": embedding,
     "trailing positions": trailing,

@@ -31,7 +31,8 @@ from tests.backends.triton.kernel_cases import BATCH, CASES, SEQ, value
 from tests.tiny_llama import llama_folder
 
 RULES = (*attention_rules, *append_rules, *row_rules, *element_rules)
-FEW = ("quantize in groups", "angles", "embedding", "append rotated", "decode", "prefill")
+FEW = ("quantize in groups", "angles", "embedding", "append rotated", "decode", "prefill",
+       "rotation by a factor, quantized")  # fmt: skip
 """A kernel of each kind."""
 
 
