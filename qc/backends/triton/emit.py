@@ -81,13 +81,11 @@ class Emission:
     def function(self, rendering: Rendering, expr: Expr) -> str:
         """Write a device function for a decode expression, or find the equal one."""
         text = rendering.function("NAME", expr)
-        known = [
-            each.replace(f"def decode{n}(", "def NAME(") for n, each in enumerate(self.functions)
-        ]
-        number = known.index(text) if text in known else len(known)
-        if number == len(known):
-            self.functions.append(text.replace("def NAME(", f"def decode{number}("))
-        return f"decode{number}"
+        if text not in self.decoders:
+            name = f"decode{len(self.decoders)}"
+            self.decoders[text] = name
+            self.functions.append(text.replace("def NAME(", f"def {name}("))
+        return self.decoders[text]
 
     def source(self) -> str:
         """Return the module's text."""
