@@ -31,8 +31,9 @@ from qc.backends.triton.linear.rule import linear_rule
 from qc.ir import ops
 from qc.ir.fused import fuse
 from qc.ir.node import Node, make
+from qc.ir.quantized import QuantizedTensor, quantize_activation
 from qc.ir.target import parse_machine
-from qc.ir.types import TensorType, symbol
+from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.dense import dense_weight
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Weight
@@ -49,15 +50,18 @@ REPLAYS = 20
 
 @dataclass(frozen=True)
 class Problem:
-    """One linear; `epilogue`: bias, SiLU and a residual behind it."""
+    """One linear; `epilogue`: bias, SiLU and a residual behind it; `int8`: activations of 8 bits,
+    one scale a token."""
 
     format: str
     outer: int
     inner: int
-    epilogue: bool
+    epilogue: bool = False
+    int8: bool = False
 
     def node(self, weight: Weight) -> Node:
-        x = make(ops.Input("x", TensorType((ROWS, self.inner))))
+        format = ActivationFormat(8) if self.int8 else None
+        x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, format)))
         w = make(ops.Parameter(weight))
         if not self.epilogue:
             root = make(ops.Linear(), x, w)
@@ -107,9 +111,11 @@ class Measured:
 
 def problems() -> list[Problem]:
     """List what is measured."""
-    return [
-        Problem(format, *shape, epilogue="rank" in format) for shape in SHAPES for format in FORMATS
-    ]
+    found = []
+    for shape in SHAPES:
+        found += [Problem(format, *shape, epilogue="rank" in format) for format in FORMATS]
+        found.append(Problem("int4·g128", *shape, int8=True))
+    return found
 
 
 def key_of(launch: Launch, architecture: int) -> str:
@@ -181,7 +187,7 @@ def measure(
         driver.synchronize()
         error = relative(results, expected(problem, values, exact))
         seconds = time_driver(driver, calls) / copies
-        x = values[0].cuda()
+        x = float_rows(values[0]).half()
         reference = time_torch(lambda w, x=x: torch.nn.functional.linear(x, w), plain) / len(plain)
         found.append(
             Measured(
@@ -194,17 +200,25 @@ def measure(
 
 def operands(problem: Problem, node: Node, rows: int) -> list[Any]:
     """Return the values of the fused node's operands."""
-    return [
-        operand.op.weight
-        if isinstance(operand.op, ops.Parameter)
-        else torch.randn(rows, operand.tensor.shape[-1]).half()
-        for operand in node.inputs
-    ]
+    found: list[Any] = []
+    for operand in node.inputs:
+        if isinstance(operand.op, ops.Parameter):
+            found.append(operand.op.weight)
+            continue
+        value, format = torch.randn(rows, operand.tensor.shape[-1]), operand.tensor.format
+        found.append(quantize_activation(value, format) if format else value.half())
+    return found
+
+
+def float_rows(value: Any) -> Tensor:
+    """Return rows on the GPU, quantized ones widened."""
+    rows: Tensor = value.dequantize() if isinstance(value, QuantizedTensor) else value
+    return rows.cuda()
 
 
 def expected(problem: Problem, values: Sequence[Any], exact: Tensor) -> Tensor:
     """Return the result in float64, on the GPU."""
-    product = values[0].cuda().double() @ exact.T
+    product = float_rows(values[0]).double() @ exact.T
     if not problem.epilogue:
         return product
     vectors = [v for v in values if isinstance(v, Weight) and len(v.shape) == 1]

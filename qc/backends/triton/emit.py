@@ -34,7 +34,7 @@ class Emission:
     name: str
     title: str
     device: tuple[str, ...]
-    """The modules of device functions that it calls."""
+    """The modules of device functions that it may call."""
     parameters: dict[str, Parameter] = field(default_factory=dict)
     constants: dict[str, Constant] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)
@@ -81,22 +81,21 @@ class Emission:
     def function(self, rendering: Rendering, expr: Expr) -> str:
         """Write a device function for a decode expression, or find the equal one."""
         text = rendering.function("NAME", expr)
-        known = [
-            each.replace(f"def decode{n}(", "def NAME(") for n, each in enumerate(self.functions)
-        ]
-        number = known.index(text) if text in known else len(known)
-        if number == len(known):
-            self.functions.append(text.replace("def NAME(", f"def decode{number}("))
-        return f"decode{number}"
+        if text not in self.decoders:
+            name = f"decode{len(self.decoders)}"
+            self.decoders[text] = name
+            self.functions.append(text.replace("def NAME(", f"def {name}("))
+        return self.decoders[text]
 
     def source(self) -> str:
         """Return the module's text."""
-        imports = f"from {DEVICE} import {', '.join(sorted(self.device))}\n\n"
         constants = [f"{name}: tl.constexpr" for name in self.constants]
         parameters = ", ".join([*self.parameters, *constants])
         main = "\n".join(["@triton.jit", f"def {self.name}({parameters}):", *self.lines])
-        parts = [*self.functions, main]
-        return f'"""{self.title}"""\n\n{HEAD}{imports}' + "\n\n\n".join(parts) + "\n"
+        body = "\n\n\n".join([*self.functions, main])
+        called = [each for each in sorted(self.device) if f"{each}." in body]
+        imports = f"from {DEVICE} import {', '.join(called)}\n\n\n"
+        return f'"""{self.title}"""\n\n{HEAD}{imports}{body}\n'
 
     def launch(self, rule: str, grid: Grid, num_warps: int, num_stages: int) -> Launch:
         """Return the launch of what was written."""

@@ -48,7 +48,8 @@ def loop_of(cubin: Cubin) -> Loop:
         start = int(target[1], 16)
         loops.append([each for at, each, _ in found if start <= at <= place])
     multiplying = [each for each in loops if any(name.startswith(TENSOR_CORES) for name in each)]
-    return Loop(tuple(max(multiplying or loops, key=len, default=[])))
+    longest = sorted(multiplying or loops, key=lambda each: len(each))
+    return Loop(tuple(longest[-1]) if longest else ())
 
 
 def instructions_per_weight(cubin: Cubin, weights: int) -> float:

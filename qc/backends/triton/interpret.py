@@ -88,7 +88,8 @@ def create_inline_asm(
     handles = []
     for words, type in zip(found, types, strict=True):
         element = getattr(type, "scalar", type)
-        data = np.ascontiguousarray(words).view(np.float16).reshape(shape)
+        kind = np.float16 if pack == 2 else np.int8  # what fills a register, pack at a time
+        data = np.ascontiguousarray(words).view(kind).reshape(shape)
         handles.append(interpreter.TensorHandle(data, element))
     return Results(handles)
 

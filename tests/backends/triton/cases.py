@@ -12,6 +12,7 @@ from torch import Tensor
 from qc.backends.region import region_of
 from qc.backends.triton.jit import Prepared
 from qc.backends.triton.kernel import Call
+from qc.backends.triton.linear import stages
 from qc.backends.triton.linear.rule import linear_rule
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
@@ -41,11 +42,14 @@ class Case:
     activation: int | None = None
     """Channels of a group of int8 activations; 0: one group a token."""
     epilogue: str = ""
+    fast: bool = True
+    """With the fast rules; without them, every weight is decoded by itself."""
 
     def __str__(self) -> str:
         x = "" if self.activation is None else f" int8/{self.activation or 'token'}"
         more = f" {self.epilogue}" if self.epilogue else ""
-        return f"{self.format} {self.outer}x{self.inner} rows {self.rows}{x}{more}"
+        slow = "" if self.fast else " decoded"
+        return f"{self.format} {self.outer}x{self.inner} rows {self.rows}{x}{more}{slow}"
 
     @property
     def refused(self) -> bool:
@@ -116,7 +120,7 @@ class Case:
         weights and activations."""
         torch.manual_seed(0)
         node = self.node()
-        call = call_of(node)
+        call = call_of(node) if self.fast else decoded_call_of(node)
         values = self.values(node)
         result = run(call, values, (self.rows, self.outer))
         assert isinstance(node.op, Fused)
@@ -145,3 +149,12 @@ def widened(value: Any) -> Tensor:
         return value.dequantize().double()
     dense: Tensor = value.dense() if isinstance(value, Weight) else value
     return dense.double()
+
+
+def decoded_call_of(node: Node) -> Call:
+    """Ask the rule for a call without fast rules."""
+    kept, stages.FAST_RULES = stages.FAST_RULES, ()
+    try:
+        return call_of(node)
+    finally:
+        stages.FAST_RULES = kept

@@ -18,6 +18,10 @@ SUMS = (
     Case("int5·g32 + train2·bond4 + signs1·row·offset", 64, 128, 20, None, "all"),
     Case("kept50%·g16(int4·row) + rank8", 64, 256, 1, None, "residual"),
     Case("planes3·g64 + sparse1%", 50, 192, 5, 32, "gated"),
+    Case("int4·g128 + rank8 + sparse1%", 64, 512, 1, 0, "all"),
+    Case("int4·g64·zero", 50, 1024, 9, 256, "gated"),
+    Case("int8·g32 + int4·row·min", 48, 256, 20, 0, "bias"),
+    Case("int4·g32·zero + rank8·factors(int8·row)", 50, 160, 3, None, "all", fast=False),
 )
 """Sums of terms, with what the planner fuses behind them."""
 

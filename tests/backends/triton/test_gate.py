@@ -34,7 +34,7 @@ def main_launch(case: Case, rows: int, architecture: int) -> Launch:
     return next(
         each
         for each in call.variant(rows).launches
-        if any("plane4" in parameter.name for parameter in each.parameters)
+        if any("_codes_" in parameter.name for parameter in each.parameters)
     )
 
 
@@ -54,6 +54,17 @@ def test_four_bits_stay_within_their_instructions(architecture: int, rows: int) 
     cubin = compile_launch(launch, architecture)
     budget = BUDGET[architecture][rows]
     assert objections(cubin, weights_of_a_step(launch), budget) == []
+
+
+@pytest.mark.parametrize(("architecture", "rows", "budget"), [(80, 1, 1.5), (90, 16, 2.15)])
+def test_four_bits_times_bytes_take_fewer(architecture: int, rows: int, budget: float) -> None:
+    case = Case("int4·g128", 4096, 4096, activation=0)
+    launch = main_launch(case, rows, architecture)
+    cubin = compile_launch(launch, architecture)
+    assert loop_of(cubin).count("IMMA", "IGMMA")
+    # conversions of sums, not of weights: one a group
+    found = objections(cubin, weights_of_a_step(launch), budget)
+    assert [each for each in found if "conversions" not in each] == []
 
 
 @pytest.mark.slow

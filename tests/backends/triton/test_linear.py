@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from qc.backends.triton.compile import compile_launch
 from qc.backends.triton.kernel import Call
-from tests.backends.triton.cases import Case
+from tests.backends.triton.cases import Case, call_of
 from tests.backends.triton.linear_worker import Interpreter
 from tests.backends.triton.sweep import BUCKETS, SUMS, all_cases, examples
 from tests.needs import needs
 
 TOLERANCE = 2e-3
 """Relative Frobenius error: float16 rounds x, weights and results by 2^-11 at most each."""
-QUICK = (*examples()[::9], *SUMS[:4], *BUCKETS[:10:3])
+QUICK = (*examples()[::12], *SUMS[:4], SUMS[-1], *BUCKETS[:8:3])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,6 @@ def test_every_format_is_right_in_the_interpreter(case: Case, interpreter: Inter
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_every_format_is_right_on_the_gpu(case: Case) -> None:
     def run(call: Call, values: Any, shape: tuple[int, int]) -> Tensor:
-        from qc.backends.triton.compile import compile_launch
         from qc.backends.triton.jit import Loaded
         from qc.runtime.cuda.driver import find_driver
 
@@ -57,6 +57,22 @@ def test_every_format_is_right_on_the_gpu(case: Case) -> None:
         return result.cpu()
 
     assert case.error(run) <= TOLERANCE
+
+
+LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory of a block. CUDA C++ Programming Guide 13, table of technical
+specifications per compute capability."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", LIMITS)
+@pytest.mark.parametrize("case", [*examples(), *SUMS], ids=str)
+def test_every_format_compiles_for_every_architecture(case: Case, architecture: int) -> None:
+    call = call_of(case.node(values=False))
+    launches = {each for variant in call.variants for each in variant.launches}
+    for launch in launches:
+        cubin = compile_launch(launch, architecture)
+        assert cubin.shared_bytes <= LIMITS[architecture], launch.rule
 
 
 def test_rows_that_are_wrong_are_found(interpreter: Interpreter) -> None:

@@ -30,7 +30,7 @@ def tile(x, places, start, CHANNELS: tl.constexpr, AFTER: tl.constexpr, WIDTH: t
     at = x + places[None, :] + (channel * AFTER)[:, None]
     if EVEN:
         return tl.load(at)
-    return tl.load(at, mask=(channel < CHANNELS)[:, None], other=0.0)
+    return tl.load(at, mask=(channel < CHANNELS)[:, None], other=0)
 
 
 @triton.jit

@@ -104,16 +104,19 @@ class Coded(Term):
             factors = self.factors(emission, loop, part)
             for number, factor in enumerate(factors):
                 start = number * self.group
-                if part.stream is None:
-                    value = loop.sums(emission, start, self.group)
-                else:
-                    value = self.product(emission, loop, part.stream, start)
+                value = self.value(emission, loop, part, start)
                 if factor is None:
                     emission.line(f"{acc} += {value}")
                 else:
                     alike = part.factor is None or not depends_on(part.factor, ROW)
                     kind = "scaled_alike" if alike else "scaled"
                     emission.line(f"{acc} = fragments.{kind}({acc}, {value}, {factor})")
+
+    def value(self, emission: Emission, loop: Loop, part: CodedPart, start: int) -> str:
+        """Write what a factor multiplies, for the group from `start` on; return its name."""
+        if part.stream is None:
+            return loop.sums(emission, start, self.group)
+        return self.product(emission, loop, part.stream, start)
 
     def factors(self, emission: Emission, loop: Loop, part: CodedPart) -> list[str | None]:
         """Write the factors of all groups of a step."""

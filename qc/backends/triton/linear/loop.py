@@ -21,6 +21,7 @@ class Source:
 
     rows       [rows, channels], or with before and after a view [.., before, channels, after]
     quantized  int8 codes and float32 scales, one for `group` channels
+    codes      the codes alone, as int8
     selected   the channels that an array names
     summed     the sum of `parts` float32 arrays [rows, channels]
     """
@@ -185,7 +186,8 @@ def step_width(source: Source, terms: Sequence[Term], least: int) -> int:
 
 def declare(emission: Emission, source: Source) -> str:
     """Take what a source reads as parameters; return the name of its values."""
-    dtype = {"quantized": torch.int8, "summed": torch.float32}.get(source.kind, torch.float16)
+    bytes = dict.fromkeys(("quantized", "codes"), torch.int8)
+    dtype = {**bytes, "summed": torch.float32}.get(source.kind, torch.float16)
     number = sum(1 for name in emission.parameters if name.startswith("x"))
     return emission.array(f"x{number}", source.values, dtype)
 

@@ -10,26 +10,30 @@ from qc.backends.linear_region import LinearRegion, match_linear
 from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgument
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
+from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import Tiling, emit_entries, rows_of_tile, tiling_of
 from qc.backends.triton.linear.epilogue import Epilogue
+from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.stages import LONG_CHAIN, EntriesOf, Stages, Step
 from qc.ir.types import Dim, as_dim
 
-DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "products")
+DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "int8", "products")
 BUCKETS: tuple[int | None, ...] = (4, 8, 16, 32, 64, None)
 """Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
 or more would send Triton through tensor memory on Blackwell. Single entries are not multiplied by
 tensor cores: a sum that has them has a bucket of its own for one row."""
 LARGEST_TILE = 64
-LEAST_COPIED = 256
-"""Values of x that 128 threads copy at once, at least: asynchronous copies take 4 bytes."""
+LEAST_COPIED = 512
+"""Bytes of x that 128 threads copy at once, at least: asynchronous copies take 4 a thread."""
 MOST_PARTS = 8
 PROGRAMS = 2
 """Programs that every multiprocessor should have."""
+LONG_LOOP = 16
+"""Steps of a loop that takes longer than a second launch, which adds up what parts leave."""
 LEAST_STEPS = 4
 """Steps of the loop that a part has at least: fewer do not fill the pipeline."""
 
@@ -54,7 +58,9 @@ class LinearLaunches:
 
     def stages(self) -> Stages:
         """Plan the terms of all weights."""
-        stages, linear = Stages(self.rows, self.bucket, rows_of_tile(self.bucket)), self.linear
+        linear, gpu = self.linear, self.linear.region.target.gpu
+        bytes = bool(planned.FAST_RULES) and gpu is not None and "int8" in gpu.products
+        stages = Stages(self.rows, self.bucket, rows_of_tile(self.bucket), bytes)
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
             operand = linear.operand(node.inputs[1])
@@ -210,7 +216,8 @@ class LinearLaunches:
         rows = min(LARGEST_TILE, 1 << (rows - 1).bit_length())
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
-        single, rows = rows == 1, max(rows, LEAST_COPIED // narrowest)
+        bytes = 1 if any(isinstance(term, Int8Coded) for term in terms) else 2
+        single, rows = rows == 1, max(rows, LEAST_COPIED // (narrowest * bytes))
         if coded:
             return Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128, single)
         return Tiling(32, rows, 4, 2, single=single)
@@ -229,6 +236,8 @@ class LinearLaunches:
         wanted = PROGRAMS * (gpu.multiprocessors if gpu else 108)
         width = step_width(source, [term for _, term in looped], tiling.width)
         steps = -(-source.channels // width)
+        if steps < LONG_LOOP:
+            return 1
         programs = -(-self.linear.outer // tiling.outputs)
         parts = max(1, min(MOST_PARTS, -(-wanted // programs), steps // LEAST_STEPS))
         return -(-steps // -(-steps // parts))  # without those that would have nothing to do

@@ -8,7 +8,7 @@ last, and copies of x where a term reads it in another form.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from qc.backends.triton.kernel import Scratch
 from qc.backends.triton.linear.coded import coded_term
 from qc.backends.triton.linear.decoded import Decoded
+from qc.backends.triton.linear.int8 import int8_term
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place, dtype_of
 from qc.ir.types import Dim, as_dim
@@ -62,6 +63,8 @@ class Stages:
     bucket: int | None
     tile: int
     """Rows of a tile of launches for entries."""
+    bytes: bool = True
+    """The target's tensor cores multiply int8, and fast rules are wanted."""
     steps: list[Step] = field(default_factory=list)
     loops: dict[Source, list[tuple[str, Term]]] = field(default_factory=dict)
     entries: list[tuple[str, EntriesOf]] = field(default_factory=list)
@@ -82,14 +85,22 @@ class Stages:
         """Plan the product of a term with some rows."""
         match place.format.structure(place.shape):
             case None:
-                rows = self.plain(source) if source.kind == "quantized" else source
-                self.loops.setdefault(rows, []).append((acc, multiplied(place)))
+                self.add_product(acc, place, source)
             case Selected(index, part):
                 self.add_selected(acc, place, index, place.part(part), self.plain(source))
             case Chain() as chain:
                 self.add_chain(acc, place, chain, source)
             case Entries() as entries:
                 self.add_entries(acc, place, entries, self.plain(source))
+
+    def add_product(self, acc: str, place: Place, source: Source) -> None:
+        """Multiply in the loop: bytes by bytes where both are, else in float16."""
+        term: Term | None = int8_term(place, source) if self.bytes else None
+        if term is not None:
+            source = replace(source, kind="codes")
+        elif source.kind == "quantized":
+            source = self.plain(source)
+        self.loops.setdefault(source, []).append((acc, term or multiplied(place)))
 
     def add_entries(self, acc: str, place: Place, entries: Entries, source: Source) -> None:
         """Entries gather x: for few rows in the main launch; for more in a launch of their own,
