@@ -24,8 +24,9 @@ import tvm
 from rich.progress import track
 
 from benchmarks.linear import read_function
+from qc.backends.region import RESULT, ArrayArgument, region_of
 from qc.backends.tvm.build import llvm_target
-from qc.backends.tvm.kernel import RESULT, ArrayArgument, Kernel, region_of
+from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.ir import ops
 from qc.ir.fused import fuse
