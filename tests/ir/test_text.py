@@ -20,7 +20,7 @@ from tests.passes.lift.drawing import graph, mul, value
 
 RECIPE = Pipeline(
     [
-        StoreTables(torch.float16),
+        StoreTables("f16"),
         RoundToNearest(GroupedFormat(4, 32, "minimum")),
         QuantizeActivations(ActivationFormat(8, 32)),
     ]
