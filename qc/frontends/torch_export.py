@@ -24,8 +24,12 @@ from qc.ir.graph import Graph
 from qc.ir.node import Node, Origin, make
 from qc.ir.types import DTYPE_NAMES, TensorType, TupleType, ValueType, as_dim, symbol
 from qc.ir.types import Dim as Dimension
-from qc.ir.weights.dense import dense_term
+from qc.ir.weights.dense import dense_in_file, dense_term
+from qc.ir.weights.mapped import MappedTensor, memory_of
 from qc.ir.weights.weight import Weight
+
+Stored = Tensor | MappedTensor
+"""What a parameter is stored as: values in memory, or a place in a file."""
 
 EXAMPLE_BATCH, EXAMPLE_SEQ = 2, 12
 """Sizes of example inputs; torch.export takes sizes 0 and 1 for constants."""
@@ -34,7 +38,7 @@ EXAMPLE_BATCH, EXAMPLE_SEQ = 2, 12
 def capture(
     model: nn.Module,
     example: Sequence[Any] | Mapping[str, Any] | None = None,
-    stored: Mapping[str, Tensor] | None = None,
+    stored: Mapping[str, Stored] | None = None,
 ) -> Graph:
     """Capture the forward pass of `model` in evaluation mode and float32.
 
@@ -224,7 +228,7 @@ class Translation:
     an IR node, a dimension, or a tuple of these."""
 
     program: ExportedProgram
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Stored]
     symbols: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
     parameters: dict[tuple[object, ...], Node] = field(default_factory=dict)
     inputs: list[Node] = field(default_factory=list)
@@ -271,11 +275,12 @@ class Translation:
 
     def parameter(self, name: str, dtype: torch.dtype) -> Node:
         """Store a tensor under its name; tied tensors are one node."""
-        tensor = self.tensors[name].detach()
-        storage = (tensor.untyped_storage()._cdata, tensor.storage_offset())
-        key = (*storage, tuple(tensor.shape), tensor.stride(), tensor.dtype, dtype)
+        tensor = self.tensors[name]
+        key = (*memory_of(tensor), dtype)
         if key not in self.parameters:
-            weight = Weight(name, tuple(tensor.shape), (dense_term(tensor),), dtype)
+            term = dense_in_file(tensor) if isinstance(tensor, MappedTensor) else dense_term(
+                tensor.detach())  # fmt: skip
+            weight = Weight(name, tuple(tensor.shape), (term,), dtype)
             self.parameters[key] = make(ops.Parameter(weight), origin=Origin())
         return self.parameters[key]
 

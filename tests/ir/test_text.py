@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-
 from qc.ir.node import Origin, make
 from qc.ir.ops import Linear, Torch
 from qc.ir.target import Target

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
@@ -15,6 +13,7 @@ from qc.ir.rewrite import substitute
 from qc.ir.weights.notation import parse_term
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass
+from qc.passes.quantize.finite import count_unfinite
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
 
@@ -91,7 +90,7 @@ def planned_as(weight: Weight, format: TermFormat) -> Weight:
 def stored_as(weight: Weight, format: TermFormat) -> Weight:
     """Return `weight` in `format`, or as it is where a value is not finite or would overflow."""
     values = weight.dense()
-    if not bool(torch.isfinite(values).all()):
+    if count_unfinite(values):
         return weight
     term = format.nearest(values)
     return Weight(weight.name, weight.shape, (term,), weight.dtype) if is_finite(term) else weight
@@ -100,4 +99,4 @@ def stored_as(weight: Weight, format: TermFormat) -> Weight:
 def is_finite(term: Term) -> bool:
     """Say whether all stored floats are finite."""
     floats = (array for array in term.arrays().values() if array.is_floating_point())
-    return all(bool(torch.isfinite(array).all()) for array in floats)
+    return not any(count_unfinite(array) for array in floats)

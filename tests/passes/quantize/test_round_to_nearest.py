@@ -222,3 +222,10 @@ def test_tiny_weights_vanish_without_harm() -> None:
     weight = torch.randn(4, 40) * 1e-12
     dense = round_to_nearest(weight, GroupedFormat(4, 32, "minimum")).dense()
     assert float((dense - weight).abs().max()) < 1e-10
+
+
+def test_weights_put_aside_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = block_graph()
+    kept = run(before, GroupedFormat(4, 32, "minimum"))
+    monkeypatch.setattr("qc.passes.quantize.round_to_nearest.IN_MEMORY", 0)
+    assert run(before, GroupedFormat(4, 32, "minimum")).same_as(kept)
