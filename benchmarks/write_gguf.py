@@ -47,9 +47,10 @@ def main(folder: str, file: str, kind: str) -> None:
     writer = gguf.GGUFWriter(partial, "llama")
     write_facts(writer, config)
     write_tokenizer(writer, Path(folder), config)
-    matrices = GGMLQuantizationType[kind]
+    head = "token_embd.weight" if config["tie_word_embeddings"] else "output.weight"
     for name, tensor in tensors_of(Path(folder)):
-        write_tensor(writer, ggml_name(name), arranged(name, tensor, config), matrices)
+        stored = HEAD_TYPE if ggml_name(name) == head else GGMLQuantizationType[kind]
+        write_tensor(writer, ggml_name(name), arranged(name, tensor, config), stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -130,13 +131,12 @@ def write_tensor(
     writer: gguf.GGUFWriter,
     name: str,
     values: np.ndarray[Any, Any],
-    matrices: GGMLQuantizationType,
+    kind: GGMLQuantizationType,
 ) -> None:
     """Quantize one tensor and add it."""
     if values.ndim < 2:
         writer.add_tensor(name, values)
         return
-    kind = HEAD_TYPE if name == "output.weight" else matrices
     writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 

@@ -127,7 +127,7 @@ def test_more_bits_do_not_hurt(format: GroupedFormat) -> None:
 def test_wide_matrices_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, format = torch.randn(10, 33), GroupedFormat(4, 16, "minimum")
     whole = round_to_nearest(weight, format)
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(module, "AT_ONCE", 3 * 33)
     parts = round_to_nearest(weight, format)
     assert all(torch.equal(a, parts.arrays()[name]) for name, a in whole.arrays().items())
 
