@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from qc.errors import VerificationError
+from qc.errors import RecipeError, VerificationError
 from qc.ir.graph import Graph
 from qc.ir.target import Target
 from qc.passes.exactness import relative_difference
 from qc.passes.stage import CAPTURED, Stage
+
+if TYPE_CHECKING:
+    from qc.passes.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,22 @@ class Step:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may know besides the graph: the target, and where to report progress."""
+    """What a pass may know besides the graph: the target, data to calibrate on, and where to
+    report progress."""
 
     target: Target
     progress: Callable[[str, float], None] = lambda text, fraction: None
     log: list[Step] = field(default_factory=list)
+    calibration: Calibration | None = None
+
+    def data(self, one: Pass) -> Calibration:
+        """Return the calibration that `one` needs; RecipeError where there is none."""
+        if self.calibration is None:
+            raise RecipeError(
+                f"pass {one.name} looks at data: run it with a calibration, "
+                "such as Context(target, calibration=Calibration(texts))"
+            )
+        return self.calibration
 
 
 @dataclass(frozen=True)
