@@ -19,6 +19,7 @@ from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.nearby import nearest_accepted
+from qc.passes.quantize.remainder import planned_remainder, remainder, with_remainder
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
 
@@ -46,7 +47,8 @@ class RoundToNearest(Pass):
 
     Lossy: minimises the error of each weight by itself, see `nearest` of the format; in a sum, each
     term stores what the others leave. A table that an embedding shares with a linear stays as it is
-    for the embedding. `format` may be given as it is printed: "int3·g64 + rank16".
+    for the embedding. Of a weight that has been decomposed, what is left is stored.
+    `format` may be given as it is printed: "int3·g64 + rank16".
     """
 
     name: ClassVar[str] = "round_to_nearest"
@@ -110,19 +112,18 @@ class RoundToNearest(Pass):
         refused = refusal_of(parameter, self.format)
         if refused is not None:
             raise FormatError(str(refused))
-        stored = self.format.planned(weight.name, weight.shape, weight.dtype)
+        stored = planned_remainder(weight, self.format)
         return make(ops.Parameter(stored), origin=parameter.origin)
 
     def quantize(self, parameter: Node) -> Node:
         """Return the parameter with its values rounded."""
         assert isinstance(parameter.op, ops.Parameter)
         weight = parameter.op.weight
-        values = weight.dense()
+        values = remainder(weight)
         require_finite(values, weight)
         terms = round_to_nearest(values, self.format)
         require_storable(terms, weight)
-        stored = Weight(weight.name, weight.shape, terms, weight.dtype)
-        return make(ops.Parameter(stored), origin=parameter.origin)
+        return make(ops.Parameter(with_remainder(weight, terms)), origin=parameter.origin)
 
 
 def refusal_of(parameter: Node, format: WeightFormat) -> Refusal | None:

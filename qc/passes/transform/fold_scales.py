@@ -13,6 +13,7 @@ from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
 from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import CANONICAL, Stage
+from qc.passes.transform.calibrated import keep_known
 from qc.passes.transform.flow import Writer, is_stored, stored_values, writer_of
 from qc.passes.transform.linears import storing, storing_as
 
@@ -37,13 +38,14 @@ class FoldScales(Pass):
     ensures: ClassVar[Stage] = CANONICAL
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        while True:
-            found = first_foldable(graph)
-            if found is None:
-                return graph
+        before = graph
+        while (found := first_foldable(graph)) is not None:
             product, writer, factors = found
             scaled = scaled_writer(writer, factors)
             graph = substitute(graph, {writer.node: scaled, product: product.inputs[0]})
+        if context.calibration is not None:
+            keep_known(context.calibration, before, graph, {})
+        return graph
 
 
 def first_foldable(graph: Graph) -> tuple[Node, Writer, Tensor] | None:
