@@ -19,7 +19,12 @@ from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.nearby import nearest_accepted
-from qc.passes.quantize.remainder import planned_remainder, remainder, with_remainder
+from qc.passes.quantize.remainder import (
+    is_unrounded,
+    planned_remainder,
+    remainder,
+    with_remainder,
+)
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
 
@@ -159,12 +164,12 @@ def require_storable(terms: tuple[Term, ...], weight: Weight) -> None:
 
 
 def quantizable_linears(graph: Graph) -> Iterator[Node]:
-    """Yield the linears whose weight is stored in 16 bits or more."""
+    """Yield the linears whose weight is plain values of 16 bits or more."""
     for node in graph.nodes:
         if not isinstance(node.op, ops.Linear):
             continue
         parameter = node.inputs[1].op
-        if isinstance(parameter, ops.Parameter) and parameter.weight.bits_per_element >= 16:
+        if isinstance(parameter, ops.Parameter) and is_unrounded(parameter.weight):
             yield node
 
 
