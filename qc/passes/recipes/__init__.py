@@ -1,9 +1,12 @@
 """Recipes by name. One file per published system or family; data only."""
 
 from qc.passes.recipes.float32 import F32
+from qc.passes.recipes.gptq import GPTQ
 from qc.passes.recipes.recipe import Recipe
 from qc.passes.recipes.rounding import W2, W3, W4, W4A16, W8, W8A16
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (F32, W8, W8A16, W4, W4A16, W3, W2)}
+ALL = (F32, W8, W8A16, W4, W4A16, W3, W2, GPTQ)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in ALL}
 
 __all__ = ["RECIPES", "Recipe"]
