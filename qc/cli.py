@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("compile", help="compile a model for a target")
     add_what_to_compile(one)
     one.add_argument("-o", "--output", required=True, metavar="DIR", help="the artifact to write")
+    add_calibration(one)
     one.add_argument("--quiet", action="store_true", help="no progress, no table")
     one.set_defaults(command=compile_command)
 
@@ -98,6 +99,29 @@ def add_what_to_compile(parser: argparse.ArgumentParser) -> None:
         "--weights", metavar="FORMAT",
         help="another format for the linears: int3:g64+rank16+sparse0.5%%",
     )  # fmt: skip
+    parser.add_argument("--bits", type=int, metavar="B", help="of a code, in place of the recipe's")
+    parser.add_argument("--group-size", type=int, metavar="G", help="inputs that share a scale")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add what recipes that look at data ask for."""
+    parser.add_argument(
+        "--calibration", default="self", metavar="FILE",
+        help=".txt or .jsonl; self: text that the model writes (default)",
+    )  # fmt: skip
+    parser.add_argument("--num-calibration-samples", type=int, default=128, metavar="N")
+    parser.add_argument("--max-seq-length", type=int, default=512, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a compilation that was killed"
+    )
+
+
+def calibration_data(options: argparse.Namespace) -> Any:
+    """Return what --calibration names: "self", or a file, which must be there."""
+    if options.calibration == "self":
+        return "self"
+    return Path(options.calibration)
 
 
 def check_command(options: argparse.Namespace) -> int:
@@ -106,7 +130,7 @@ def check_command(options: argparse.Namespace) -> int:
 
     report = check(
         options.model, options.target, recipe=options.recipe, weights=options.weights,
-        progress=not options.quiet,
+        bits=options.bits, group_size=options.group_size, progress=not options.quiet,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), ensure_ascii=False) if options.json else report)
     return 0 if report.accepted else 1
@@ -119,6 +143,9 @@ def compile_command(options: argparse.Namespace) -> None:
 
     artifact = compile(
         options.model, options.target, recipe=options.recipe, weights=options.weights,
+        bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
+        num_calibration_samples=options.num_calibration_samples,
+        max_seq_length=options.max_seq_length, seed=options.seed, resume=options.resume,
         output=options.output, progress=not options.quiet,
     )  # fmt: skip
     if options.quiet:

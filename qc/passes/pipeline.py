@@ -14,6 +14,7 @@ from qc.passes.exactness import relative_difference
 from qc.passes.stage import CAPTURED, Stage
 
 if TYPE_CHECKING:
+    from qc.ir.weights.weight import WeightFormat
     from qc.passes.calibration import Calibration
 
 
@@ -80,6 +81,8 @@ class Pass:
     requires: ClassVar[Stage] = CAPTURED
     ensures: ClassVar[Stage] = CAPTURED
     exact: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = False
+    """The pass prepares weights for the format in which a later one stores them."""
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Return the transformed graph."""
@@ -88,6 +91,15 @@ class Pass:
     def refusals(self, graph: Graph) -> list[Refusal]:
         """List the weights that `run` would refuse for their shapes."""
         return []
+
+    def storing(self, format: WeightFormat) -> Pass | None:
+        """Return this pass storing linears in another format; None where it stores none."""
+        return None
+
+    def resized(self, bits: int | None, group: int | None) -> Pass | None:
+        """Return this pass storing linears in so many bits, in groups of so many inputs; None
+        where it has no such size. FormatError where its format does not."""
+        return None
 
     def preview(self, graph: Graph) -> Graph | None:
         """Return what `run` makes of a graph whose matrices have no values: shapes and formats.

@@ -56,15 +56,16 @@ class Walk:
         """Compute one step for all batches; return what was asked to be measured."""
         wanted = requests or {}
         sums: dict[tuple[Node, Statistic], Any] = {}
-        for partial in self.each_batch(step, lambda node, value: measured(wanted, node, value)):
+        for partial in self.each_batch(step, lambda _, node, value: measured(wanted, node, value)):
             for key, found in partial:
                 sums[key] = key[1].merged(sums.get(key), found)
         return {key: key[1].finished(total) for key, total in sums.items()}
 
     def each_batch(
-        self, step: Step, watch: Callable[[Node, Any], list[Any]]
+        self, step: Step, watch: Callable[[int, Node, Any], list[Any]]
     ) -> Iterator[list[Any]]:
-        """Compute a step batch by batch; yield what `watch` made of the wanted values, in order."""
+        """Compute a step batch by batch; yield what `watch(batch, node, value)` made of the wanted
+        values, in order."""
         shared = {p: self.weight(p).dense() for p in step.parameters}
 
         def compute(number: int) -> list[Any]:
@@ -74,11 +75,11 @@ class Walk:
             found: list[Any] = []
             for node in step.wanted:  # what an earlier step has computed already
                 if node in values:
-                    found += watch(node, values[node])
+                    found += watch(number, node, values[node])
             for node in step.nodes:
                 values[node] = value_of(node, values, batch, sizes)
                 if node in step.wanted:
-                    found += watch(node, values[node])
+                    found += watch(number, node, values[node])
                 for operand in node.inputs:
                     remaining[operand] -= 1
                     if not remaining[operand]:

@@ -2,6 +2,7 @@
 
 from qc.passes.recipes.awq import AWQ
 from qc.passes.recipes.float32 import F32
+from qc.passes.recipes.gptq import GPTQ
 from qc.passes.recipes.gwq import GWQ
 from qc.passes.recipes.lorc import LORC
 from qc.passes.recipes.recipe import Recipe
@@ -10,7 +11,7 @@ from qc.passes.recipes.smoothquant_plus import SMOOTHQUANT_PLUS
 from qc.passes.recipes.svdquant import SVDQUANT, SVDQUANT_A16
 
 ROUNDING = (F32, W8, W8A16, W4, W4A16, W3, W2)
-PUBLISHED = (AWQ, GWQ, LORC, SMOOTHQUANT_PLUS, SVDQUANT, SVDQUANT_A16)
+PUBLISHED = (AWQ, GPTQ, GWQ, LORC, SMOOTHQUANT_PLUS, SVDQUANT, SVDQUANT_A16)
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*ROUNDING, *PUBLISHED)}
 

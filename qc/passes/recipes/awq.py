@@ -20,7 +20,8 @@ AWQ = Recipe(
         FoldScales(),
         ClipWeights(FORMAT),
         *CACHE_16,
-        RoundToNearest(FORMAT),
+        RoundToNearest(FORMAT, heads=False),
+        RoundToNearest("f16"),
     ),
     paper="AWQ: Lin, Tang, Tang, Yang et al. 2023, arXiv 2306.00978",
     claims=(

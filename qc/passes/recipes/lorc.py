@@ -7,7 +7,11 @@ from qc.passes.recipes.rounding import STORE_16
 
 LORC = Recipe(
     "lorc",
-    (*STORE_16, CompensateError(RoundToNearest("int4·g64·zero"), "rank8·factors(int8·row)")),
+    (
+        *STORE_16,
+        CompensateError(RoundToNearest("int4·g64·zero", heads=False), "rank8·factors(int8·row)"),
+        RoundToNearest("f16"),
+    ),
     paper="ZeroQuant-V2: Yao, Wu, Li, Youn, He 2023, arXiv 2303.08302",
     claims=("3 bits, g64: lorc with rank 32 < lorc with rank 8 < rtn in perplexity",),
 )

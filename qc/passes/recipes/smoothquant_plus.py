@@ -10,7 +10,14 @@ FORMAT = "int4·g64·zero"
 
 SMOOTHQUANT_PLUS = Recipe(
     "smoothquant_plus",
-    (*TABLES_16, SearchSmoothing(FORMAT), FoldScales(), *CACHE_16, RoundToNearest(FORMAT)),
+    (
+        *TABLES_16,
+        SearchSmoothing(FORMAT),
+        FoldScales(),
+        *CACHE_16,
+        RoundToNearest(FORMAT, heads=False),
+        RoundToNearest("f16"),
+    ),
     paper="SmoothQuant+: Pan, Wang et al. 2023, arXiv 2312.03788",
     claims=("3 bits, g64: smoothquant_plus <= rtn in perplexity",),
 )

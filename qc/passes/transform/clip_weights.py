@@ -17,11 +17,11 @@ from qc.ir.weights.grouped import GroupedFormat
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration.statistics import Hessian
-from qc.passes.pipeline import Context, Pass
+from qc.passes.pipeline import Context
 from qc.passes.quantize.round_to_nearest import round_to_nearest
 from qc.passes.stage import CANONICAL, Stage
 from qc.passes.transform.awq import Round, total
-from qc.passes.transform.calibrated import changeable_groups, keep_known
+from qc.passes.transform.calibrated import ForFormat, changeable_groups, keep_known
 from qc.passes.transform.linears import storing, values_of
 
 
@@ -66,7 +66,7 @@ def clamped(values: Tensor, limits: Tensor, group: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ClipWeights(Pass):
+class ClipWeights(ForFormat):
     """Clamp weights where a smaller range rounds the rest of the group so much finer that the
     outputs gain by it.
 
@@ -81,13 +81,8 @@ class ClipWeights(Pass):
     requires: ClassVar[Stage] = CANONICAL
     ensures: ClassVar[Stage] = CANONICAL
     exact: ClassVar[bool] = False
-    format: str = "int4·g64·zero"
     group: int | None = None
     targets: tuple[str, ...] = ("linears",)
-
-    def preview(self, graph: Graph) -> Graph:
-        """Return the graph itself: shapes and formats stay."""
-        return graph
 
     def run(self, graph: Graph, context: Context) -> Graph:
         calibration = context.data(self)

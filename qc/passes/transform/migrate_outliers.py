@@ -18,11 +18,11 @@ from qc.ir.types import ActivationFormat
 from qc.ir.weights.notation import parse_weights
 from qc.passes.calibration.schedule import LinearGroup
 from qc.passes.calibration.statistics import AbsMax, Samples
-from qc.passes.pipeline import Context, Pass
+from qc.passes.pipeline import Context
 from qc.passes.quantize.round_to_nearest import round_to_nearest
 from qc.passes.stage import CANONICAL, Stage
 from qc.passes.transform.awq import Round, total
-from qc.passes.transform.calibrated import changeable_groups, keep_known, shared_mean
+from qc.passes.transform.calibrated import ForFormat, changeable_groups, keep_known, shared_mean
 from qc.passes.transform.linears import values_of
 from qc.passes.transform.smooth_inputs import smoothed_together
 
@@ -84,7 +84,7 @@ def pipeline_error(
 
 
 @dataclass(frozen=True)
-class MigrateOutliers(Pass):
+class MigrateOutliers(ForFormat):
     """Smooth inputs for weights that will be split into a low rank and a rest of few bits.
 
         linear(%x, %w)  -->  linear(mul(%x, 1/s), %w s)
@@ -104,10 +104,6 @@ class MigrateOutliers(Pass):
     activations: ActivationFormat | None = None
     grid: int = 20
     targets: tuple[str, ...] = ("linears",)
-
-    def preview(self, graph: Graph) -> Graph:
-        """Return the graph itself: products by vectors change neither shapes nor formats."""
-        return graph
 
     def run(self, graph: Graph, context: Context) -> Graph:
         calibration = context.data(self)
