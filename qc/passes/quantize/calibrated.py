@@ -29,6 +29,7 @@ from qc.passes.calibration.checkpoint import digest_graph, digest_tensors
 from qc.passes.calibration.selection import is_head
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.error_feedback import output_error
+from qc.passes.quantize.remainder import remainder, with_remainder
 from qc.passes.quantize.round_to_nearest import (
     fitted_in_turn,
     planned_in,
@@ -142,15 +143,16 @@ class StoreByData(Pass):
         """Store the weights of linears that read one value; all arithmetic on single threads."""
         hessian: Tensor = known[group.x, Hessian()]
         prepared = on_one_thread(self.prepare, hessian, weight_of(group.parameters[0]).name)
+        wide = hessian.float()
 
         def store(parameter: Node) -> tuple[Weight, float]:
             weight = weight_of(parameter)
-            values = weight.dense().float()
-            terms = self.store(values, prepared, parameter)
+            terms = self.store(remainder(weight).float(), prepared, parameter)
             require_storable(terms, weight)
-            stored = Weight(weight.name, weight.shape, terms, weight.dtype)
-            lost = output_error((values - stored.dense().float()).T, hessian.float())
-            return stored, lost / max(output_error(values.T, hessian.float()), 1e-30)
+            stored = with_remainder(weight, terms)
+            values = weight.dense().float()
+            lost = output_error((values - stored.dense().float()).T, wide)
+            return stored, lost / max(output_error(values.T, wide), 1e-30)
 
         found: dict[Node, Weight] = {}
         for parameter, (weight, error) in side_by_side(store, group.parameters):

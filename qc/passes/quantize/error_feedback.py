@@ -156,6 +156,7 @@ def descend(values: Tensor, curvature: Curvature, rounding: Rounding, current: T
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """Return tr(E H E^T) of E^T [in, out]: the squared error of the outputs, times 2 / tokens."""
-    wide = difference.double()
-    return float((hessian.double() @ wide).mul_(wide).sum())
+    """Return tr(E H E^T) of E^T [in, out]: the squared error of the outputs, times 2 / tokens;
+    in the precision of H."""
+    wide = difference.to(hessian.dtype)
+    return float((hessian @ wide).mul_(wide).sum(dtype=torch.float64))

@@ -20,6 +20,7 @@ from qc.ir.weights.rounding import Ranges
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.nearby import nearest_accepted
+from qc.passes.quantize.remainder import planned_remainder, remainder, with_remainder
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
 
@@ -82,8 +83,9 @@ class RoundToNearest(Pass):
 
     Lossy: minimises the error of each weight by itself, see `nearest` of the format; in a sum, each
     term stores what the others leave. A table that an embedding shares with a linear stays as it is
-    for the embedding. `format` may be given as it is printed: "int3·g64 + rank16". `ranges` lays
-    the grid of a group over its extremes, or where its squared error is least ("mse").
+    for the embedding. Of a weight that has been decomposed, what is left is stored. `format` may
+    be given as it is printed: "int3·g64 + rank16". `ranges` lays the grid of a group over its
+    extremes, or where its squared error is least ("mse").
     """
 
     name: ClassVar[str] = "round_to_nearest"
@@ -146,12 +148,11 @@ class RoundToNearest(Pass):
         """Return the parameter with its values rounded."""
         assert isinstance(parameter.op, ops.Parameter)
         weight = parameter.op.weight
-        values = weight.dense()
+        values = remainder(weight)
         require_finite(values, weight)
         terms = round_to_nearest(values, self.format, self.ranges)
         require_storable(terms, weight)
-        stored = Weight(weight.name, weight.shape, terms, weight.dtype)
-        return make(ops.Parameter(stored), origin=parameter.origin)
+        return make(ops.Parameter(with_remainder(weight, terms)), origin=parameter.origin)
 
 
 def planned_in(parameter: Node, format: WeightFormat) -> Node:
@@ -161,8 +162,7 @@ def planned_in(parameter: Node, format: WeightFormat) -> Node:
     refused = refusal_of(parameter, format)
     if refused is not None:
         raise FormatError(str(refused))
-    stored = format.planned(weight.name, weight.shape, weight.dtype)
-    return make(ops.Parameter(stored), origin=parameter.origin)
+    return make(ops.Parameter(planned_remainder(weight, format)), origin=parameter.origin)
 
 
 def read_by_linears(

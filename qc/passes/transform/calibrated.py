@@ -1,0 +1,88 @@
+"""What transforms that look at data share: which linears they change, and what stays known of the
+inputs that they change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from qc.ir import ops
+from qc.ir.graph import Graph
+from qc.ir.node import Node
+from qc.passes.calibration import Calibration
+from qc.passes.calibration.schedule import LinearGroup, linear_groups
+from qc.passes.calibration.selection import is_head, select_linears
+from qc.passes.calibration.statistics import (
+    AbsMax,
+    Hessian,
+    Moments,
+    MomentValues,
+    Samples,
+    Statistic,
+)
+from qc.passes.transform.flow import is_open_linear, writer_of
+
+
+def changeable_groups(graph: Graph, targets: Sequence[str]) -> tuple[LinearGroup, ...]:
+    """Return the linears whose weights may change, but heads, by the value that they read."""
+    open_linears = [n for n in graph.nodes if is_open_linear(n) and not is_head(graph, n)]
+    return linear_groups(graph, select_linears(graph, targets, (), open_linears))
+
+
+def shared_mean(graph: Graph, group: LinearGroup, magnitudes: Tensor) -> Tensor:
+    """Return magnitudes [channels], averaged where channels must get one factor so that it can be
+    folded: query heads that share a value head."""
+    writer = writer_of(graph, group.x, group.linears)
+    if writer is None:
+        return magnitudes
+    size = writer.channels
+    total = magnitudes.new_zeros(size).index_add_(0, writer.index, magnitudes)
+    count = torch.bincount(writer.index, minlength=size)
+    return (total / count)[writer.index]
+
+
+def first_sequences(calibration: Calibration, count: int) -> Calibration:
+    """Return a calibration on the first `count` sequences alone, that knows nothing yet."""
+    return replace(
+        calibration, drawn=calibration.sequences()[:count], checkpoint=None, coverage={},
+        memory=WeakKeyDictionary(), felt={},
+    )  # fmt: skip
+
+
+def keep_known(
+    calibration: Calibration, before: Graph, after: Graph, scales: Mapping[Node, Tensor]
+) -> None:
+    """Let an exact change keep what is known of the linears' inputs: the value behind x is now
+    x / scales[x], or x where it is not named."""
+    for old, new in zip(linears_of(before), linears_of(after), strict=True):
+        known = dict(calibration.remembered(old.inputs[0]))
+        scale = scales.get(old.inputs[0])
+        changed = known if scale is None else divided(known, scale)
+        calibration.remembered(new.inputs[0]).update(changed)
+
+
+def linears_of(graph: Graph) -> list[Node]:
+    """List the linears in order; exact changes of inputs keep it."""
+    return [node for node in graph.nodes if isinstance(node.op, ops.Linear)]
+
+
+def divided(known: Mapping[Statistic, Any], scale: Tensor) -> dict[Statistic, Any]:
+    """Return the statistics of x / scale [channels] from those of x."""
+    wide = scale.double()
+    changed: dict[Statistic, Any] = {}
+    for statistic, result in known.items():
+        match statistic, result:
+            case Hessian(), Tensor():
+                changed[statistic] = result / wide.outer(wide)
+            case AbsMax() | Samples(), Tensor():
+                changed[statistic] = result / scale
+            case Moments(), MomentValues(tokens, mean, absolute, square):
+                changed[statistic] = MomentValues(
+                    tokens, mean / wide, absolute / wide, square / wide.square()
+                )
+    return changed
