@@ -107,7 +107,15 @@ class StoreByData(Pass):
             planned_in(parameter, self.planned_format(parameter))  # refused before any work
             require_finite(weight_of(parameter).dense(), weight_of(parameter))
         calibration = self.prepared(graph, context.data(self))
-        stored = calibration.visit(
+        stored = self.stored(graph, linears, calibration, context)
+        nodes = {p: make(ops.Parameter(w), origin=p.origin) for p, w in stored.items()}
+        return read_by_linears(graph, linears, nodes, self.name)
+
+    def stored(
+        self, graph: Graph, linears: list[Node], calibration: Calibration, context: Context
+    ) -> dict[Node, Weight]:
+        """Store all weights, in the order of the graph."""
+        return calibration.visit(
             graph,
             linears,
             self.statistics(),
@@ -115,8 +123,6 @@ class StoreByData(Pass):
             self.sequencing,
             context.progress,
         )
-        nodes = {p: make(ops.Parameter(w), origin=p.origin) for p, w in stored.items()}
-        return read_by_linears(graph, linears, nodes, self.name)
 
     def prepared(self, graph: Graph, calibration: Calibration) -> Calibration:
         """Open the checkpoint of this pass, if finished weights are to be kept."""

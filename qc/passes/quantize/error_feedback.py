@@ -39,8 +39,8 @@ class Curvature:
 
     @property
     def importance(self) -> Tensor:
-        """The diagonal of H, in the order of the matrix."""
-        return self.hessian.diagonal()
+        """The diagonal of H, in the order of the matrix: [in, 1]."""
+        return self.hessian.diagonal().float().unsqueeze(1)
 
 
 def prepare(hessian: Tensor, damping: float, sort: bool, name: str = "") -> Curvature:
@@ -105,7 +105,7 @@ def feed_back(
     left[curvature.dead[curvature.order]] = 0
     result = torch.empty_like(left)
     block = LAZY if fitted else -(-LAZY // rounding.group) * rounding.group
-    importance = curvature.importance.float()
+    importance = curvature.importance
     loss = 0.0
     for first in range(0, len(left), block):
         last = min(first + block, len(left))
