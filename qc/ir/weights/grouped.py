@@ -211,6 +211,10 @@ class GroupedFormat(TermFormat):
     def rounding(self, shape: tuple[int, ...], ranges: Ranges = "extremes") -> GroupedRounding:
         return GroupedRounding(self, (shape[0], shape[1]), ranges)
 
+    def turned(self) -> GroupedFormat | None:
+        nested = self.scale is not None or self.minimum is not None
+        return None if nested else replace(self, group=self.tile_rows, tile_rows=self.group)
+
     def resized(self, bits: int | None = None, group: int | None = None) -> GroupedFormat:
         return replace(self, bits_per_code=bits or self.bits_per_code, group=group or self.group)
 
@@ -280,7 +284,7 @@ class GroupedRounding(Rounding):
         weights = values.T
         scale, offset, zero = self.range_of(*self.extremes(weights))
         if self.ranges == "mse":
-            scale, offset, zero = self.searched(weights, importance.float())
+            scale, offset, zero = self.searched(weights, importance.float().T)
         self.put(first // self.group, scale, offset, zero)
 
     def put(self, group: int, scale: Tensor, offset: Tensor, zero: Tensor) -> None:
@@ -335,11 +339,11 @@ class GroupedRounding(Rounding):
             return scale, -self.format.middle * scale, zero
         if kind == "none":
             return torch.where(-low > high, low, high) / top, zero, zero
+        if kind == "minimum":
+            return (high - store_floats("minimum", self.format.minimum, low, {})) / top, low, zero
         scale = (high - low) / top
-        if kind == "zero":
-            zero = (-low / some(scale)).round().clamp(0, top)
-            return scale, -zero * scale, zero
-        return scale, low, zero
+        zero = (-low / some(scale)).round().clamp(0, top)
+        return scale, -zero * scale, zero
 
     def as_read(
         self, scale: Tensor, offset: Tensor, zero: Tensor, stored: dict[str, Tensor] | None = None

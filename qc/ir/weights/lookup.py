@@ -242,7 +242,7 @@ class LookupRounding(Rounding):
     def fit(self, first: int, values: Tensor, importance: Tensor) -> None:
         for start in range(0, len(values), self.group):
             part = values[start : start + self.group].T  # [out, columns]
-            weight = importance[start : start + self.group].float().expand_as(part)
+            weight = importance[start : start + self.group].float().T.expand_as(part)
             shape = (self.tables.shape[1], -1)
             found = fit_tables(
                 part.reshape(shape), weight.reshape(shape), self.format.bits_per_code

@@ -29,7 +29,7 @@ class Rounding(ABC):
     @abstractmethod
     def fit(self, first: int, values: Tensor, importance: Tensor) -> None:
         """Choose what the columns from `first` on share, from their values [columns, out]; errors
-        of a column count by its importance [columns]. Whole groups: one, or several at once."""
+        count by their importance: [columns, out], or [columns, 1]. Whole groups, one or several."""
 
     @abstractmethod
     def round(self, column: int, values: Tensor) -> Tensor:
@@ -48,10 +48,12 @@ class Rounding(ABC):
         """Return what the codes stand for by now, [in, out]."""
         return self.term().dense().float().T.contiguous()
 
-    def nearest(self, values: Tensor) -> Term:
-        """Fit everything to a matrix [out, in] and round every weight by itself."""
+    def nearest(self, values: Tensor, importance: Tensor | None = None) -> Term:
+        """Fit everything to a matrix [out, in], errors counting by their importance [out, in], and
+        round every weight by itself."""
         columns = values.float().T.contiguous()
-        self.fit(0, columns, torch.ones(len(columns)))
+        even = torch.ones(len(columns), 1)
+        self.fit(0, columns, even if importance is None else importance.T)
         for number, column in enumerate(columns):
             self.round(number, column)
         return self.term()

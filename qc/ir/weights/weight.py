@@ -98,6 +98,11 @@ class TermFormat(ABC):
         """Return what rounds a matrix of `shape` column by column; None where nothing does."""
         return None
 
+    def turned(self) -> TermFormat | None:
+        """Return the format with what lies along the inputs along the outputs and the other way
+        round; None where that is no format."""
+        return None
+
     def resized(self, bits: int | None = None, group: int | None = None) -> TermFormat | None:
         """Return the format with other bits a code, or with other groups along the inputs; None
         where it has none."""

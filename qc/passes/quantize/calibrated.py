@@ -107,7 +107,15 @@ class StoreByData(Pass):
             planned_in(parameter, self.planned_format(parameter))  # refused before any work
             require_finite(weight_of(parameter).dense(), weight_of(parameter))
         calibration = self.prepared(graph, context.data(self))
-        stored = calibration.visit(
+        stored = self.stored(graph, linears, calibration, context)
+        nodes = {p: make(ops.Parameter(w), origin=p.origin) for p, w in stored.items()}
+        return read_by_linears(graph, linears, nodes, self.name)
+
+    def stored(
+        self, graph: Graph, linears: list[Node], calibration: Calibration, context: Context
+    ) -> dict[Node, Weight]:
+        """Store all weights, in the order of the graph."""
+        return calibration.visit(
             graph,
             linears,
             self.statistics(),
@@ -115,8 +123,6 @@ class StoreByData(Pass):
             self.sequencing,
             context.progress,
         )
-        nodes = {p: make(ops.Parameter(w), origin=p.origin) for p, w in stored.items()}
-        return read_by_linears(graph, linears, nodes, self.name)
 
     def prepared(self, graph: Graph, calibration: Calibration) -> Calibration:
         """Open the checkpoint of this pass, if finished weights are to be kept."""
@@ -143,15 +149,16 @@ class StoreByData(Pass):
         """Store the weights of linears that read one value; all arithmetic on single threads."""
         hessian: Tensor = known[group.x, Hessian()]
         prepared = on_one_thread(self.prepare, hessian, weight_of(group.parameters[0]).name)
+        wide = hessian.float()
 
         def store(parameter: Node) -> tuple[Weight, float]:
             weight = weight_of(parameter)
-            values = weight.dense().float()
             terms = self.store(remainder(weight).float(), prepared, parameter)
             require_storable(terms, weight)
             stored = with_remainder(weight, terms)
-            lost = output_error((values - stored.dense().float()).T, hessian.float())
-            return stored, lost / max(output_error(values.T, hessian.float()), 1e-30)
+            values = weight.dense().float()
+            lost = output_error((values - stored.dense().float()).T, wide)
+            return stored, lost / max(output_error(values.T, wide), 1e-30)
 
         found: dict[Node, Weight] = {}
         for parameter, (weight, error) in side_by_side(store, group.parameters):

@@ -39,8 +39,8 @@ class Curvature:
 
     @property
     def importance(self) -> Tensor:
-        """The diagonal of H, in the order of the matrix."""
-        return self.hessian.diagonal()
+        """The diagonal of H, in the order of the matrix: [in, 1]."""
+        return self.hessian.diagonal().float().unsqueeze(1)
 
 
 def prepare(hessian: Tensor, damping: float, sort: bool, name: str = "") -> Curvature:
@@ -105,7 +105,7 @@ def feed_back(
     left[curvature.dead[curvature.order]] = 0
     result = torch.empty_like(left)
     block = LAZY if fitted else -(-LAZY // rounding.group) * rounding.group
-    importance = curvature.importance.float()
+    importance = curvature.importance
     loss = 0.0
     for first in range(0, len(left), block):
         last = min(first + block, len(left))
@@ -156,6 +156,7 @@ def descend(values: Tensor, curvature: Curvature, rounding: Rounding, current: T
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """Return tr(E H E^T) of E^T [in, out]: the squared error of the outputs, times 2 / tokens."""
-    wide = difference.double()
-    return float((hessian.double() @ wide).mul_(wide).sum())
+    """Return tr(E H E^T) of E^T [in, out]: the squared error of the outputs, times 2 / tokens;
+    in the precision of H."""
+    wide = difference.to(hessian.dtype)
+    return float((hessian @ wide).mul_(wide).sum(dtype=torch.float64))

@@ -30,7 +30,7 @@ def gptq(
     """
     columns = values.T.contiguous()
     if static:
-        rounding.fit(0, columns, curvature.importance.float())
+        rounding.fit(0, columns, curvature.importance)
     result, _ = feed_back(columns, curvature, rounding, fitted=static)
     return refined(columns, curvature, rounding, result, refinements)
 

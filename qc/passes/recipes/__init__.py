@@ -1,6 +1,8 @@
 """Recipes by name. One file per published system or family; data only."""
 
+from qc.passes.recipes.adadim import ADADIM
 from qc.passes.recipes.awq import AWQ
+from qc.passes.recipes.claq import CLAQ
 from qc.passes.recipes.float32 import F32
 from qc.passes.recipes.gptq import GPTQ
 from qc.passes.recipes.gwq import GWQ
@@ -8,10 +10,16 @@ from qc.passes.recipes.lorc import LORC
 from qc.passes.recipes.recipe import Recipe
 from qc.passes.recipes.rounding import W2, W3, W4, W4A16, W8, W8A16
 from qc.passes.recipes.smoothquant_plus import SMOOTHQUANT_PLUS
+from qc.passes.recipes.spqr import SPQR
+from qc.passes.recipes.squeezellm import SQUEEZELLM
 from qc.passes.recipes.svdquant import SVDQUANT, SVDQUANT_A16
 
 ROUNDING = (F32, W8, W8A16, W4, W4A16, W3, W2)
-PUBLISHED = (AWQ, GPTQ, GWQ, LORC, SMOOTHQUANT_PLUS, SVDQUANT, SVDQUANT_A16)
+"""Nothing but round-to-nearest: these look at no data."""
+
+PUBLISHED = (
+    GPTQ, AWQ, SPQR, SQUEEZELLM, GWQ, LORC, SVDQUANT, SVDQUANT_A16, SMOOTHQUANT_PLUS, CLAQ, ADADIM,
+)  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*ROUNDING, *PUBLISHED)}
 
