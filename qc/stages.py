@@ -29,7 +29,7 @@ from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration import Calibration, Coverage
 from qc.passes.calibration.data import Encode
 from qc.passes.lift import LIFT
-from qc.passes.pipeline import Context, Pipeline, Step, replace_passes
+from qc.passes.pipeline import Context, Pass, Pipeline, Step, replace_passes
 from qc.passes.plan.fuse import Fuse
 from qc.passes.prepare import PREPARE
 from qc.passes.prepare.trailing_logits import TrailingLogits
@@ -266,13 +266,13 @@ def resolve_recipe(
 
 
 def storing(pipeline: Pipeline, format: WeightFormat) -> Pipeline:
-    """Return the passes with the first that stores linears doing so in `format`; where none does,
-    they are rounded in front of the quantization of activations, or at the end."""
+    """Return the passes with the first that stores linears doing so in `format`, and those that
+    prepare for it; where none does, linears are rounded in front of the quantization of
+    activations, or at the end."""
+    changed = changed_first(pipeline, lambda one: one.storing(format))
+    if changed is not None:
+        return changed
     passes = pipeline.passes
-    for number, one in enumerate(passes):
-        changed = one.storing(format)
-        if changed is not None:
-            return replace_passes(pipeline, (*passes[:number], changed, *passes[number + 1 :]))
     found = [number for number, one in enumerate(passes) if isinstance(one, QuantizeActivations)]
     at = found[0] if found else len(passes)
     return replace_passes(pipeline, (*passes[:at], RoundToNearest(format), *passes[at:]))
@@ -281,12 +281,22 @@ def storing(pipeline: Pipeline, format: WeightFormat) -> Pipeline:
 def resized(pipeline: Pipeline, bits: int | None, group: int | None) -> Pipeline:
     """Return the passes with the first that has sizes of codes and groups in others; RecipeError
     where none has."""
+    changed = changed_first(pipeline, lambda one: one.resized(bits, group))
+    if changed is None:
+        raise RecipeError("this recipe stores no codes, so it has no bits and no groups to change")
+    return changed
+
+
+def changed_first(pipeline: Pipeline, change: Callable[[Pass], Pass | None]) -> Pipeline | None:
+    """Change the first pass that stores linears, and those before it that look ahead to its
+    format; None where no pass stores any."""
+    passes: list[Pass] = []
     for number, one in enumerate(pipeline.passes):
-        changed = one.resized(bits, group)
-        if changed is not None:
-            before, after = pipeline.passes[:number], pipeline.passes[number + 1 :]
-            return replace_passes(pipeline, (*before, changed, *after))
-    raise RecipeError("this recipe stores no codes, so it has no bits and no groups to change")
+        changed = change(one)
+        passes.append(changed or one)
+        if changed is not None and not one.looks_ahead:
+            return replace_passes(pipeline, (*passes, *pipeline.passes[number + 1 :]))
+    return None
 
 
 def named_passes(recipe: str | Recipe | Pipeline) -> Pipeline:

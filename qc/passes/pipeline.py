@@ -81,6 +81,8 @@ class Pass:
     requires: ClassVar[Stage] = CAPTURED
     ensures: ClassVar[Stage] = CAPTURED
     exact: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = False
+    """The pass prepares weights for the format in which a later one stores them."""
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Return the transformed graph."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -114,6 +114,14 @@ class CompensateError(Pass):
     format: str = "rank8"
     whiten: bool = False
     targets: tuple[str, ...] = ("linears",)
+
+    def storing(self, format: WeightFormat) -> Self | None:
+        changed = self.inner.storing(format)
+        return None if changed is None else replace(self, inner=changed)
+
+    def resized(self, bits: int | None, group: int | None) -> Self | None:
+        changed = self.inner.resized(bits, group)
+        return None if changed is None else replace(self, inner=changed)
 
     def refusals(self, graph: Graph) -> list[Refusal]:
         return self.inner.refusals(graph) or refused_ranks(graph, self.format, self.targets)

@@ -32,6 +32,13 @@ def is_decomposed(weight: Weight) -> bool:
     return len(weight.terms) > 1 and weight.terms[0].format == LEFT
 
 
+def is_unrounded(weight: Weight) -> bool:
+    """Say whether a weight is plain values of 16 bits or more, alone or beside what is stored
+    already. A product of factors, such as a branch of its own, is stored."""
+    first = weight.terms[0]
+    return weight.bits_per_element >= 16 and first.format.structure(first.shape) is None
+
+
 def remainder(weight: Weight) -> Tensor:
     """Return the values that are still to be rounded [out, in]."""
     return weight.terms[0].dense() if is_decomposed(weight) else weight.dense()

@@ -20,7 +20,12 @@ from qc.ir.weights.rounding import Ranges
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.nearby import nearest_accepted
-from qc.passes.quantize.remainder import planned_remainder, remainder, with_remainder
+from qc.passes.quantize.remainder import (
+    is_unrounded,
+    planned_remainder,
+    remainder,
+    with_remainder,
+)
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
 
@@ -83,9 +88,10 @@ class RoundToNearest(Pass):
 
     Lossy: minimises the error of each weight by itself, see `nearest` of the format; in a sum, each
     term stores what the others leave. A table that an embedding shares with a linear stays as it is
-    for the embedding. Of a weight that has been decomposed, what is left is stored. `format` may
-    be given as it is printed: "int3·g64 + rank16". `ranges` lays the grid of a group over its
-    extremes, or where its squared error is least ("mse").
+    for the embedding. Of a weight that has been decomposed, what is left is stored. `format` may be
+    given as it is printed: "int3·g64 + rank16". `ranges` lays the grid of a group over its
+    extremes, or where its squared error is least ("mse"). Without `heads`, linears whose result is
+    an output of the graph stay as they are.
     """
 
     name: ClassVar[str] = "round_to_nearest"
@@ -94,23 +100,29 @@ class RoundToNearest(Pass):
     exact: ClassVar[bool] = False
     format: WeightFormat
     ranges: Ranges = "extremes"
+    heads: bool = True
 
     def __init__(
-        self, format: WeightFormat | TermFormat | str, ranges: Ranges = "extremes"
+        self,
+        format: WeightFormat | TermFormat | str,
+        ranges: Ranges = "extremes",
+        heads: bool = True,
     ) -> None:
         object.__setattr__(self, "format", as_weight_format(format))
         object.__setattr__(self, "ranges", ranges)
+        object.__setattr__(self, "heads", heads)
 
     def __repr__(self) -> str:
         ranges = "" if self.ranges == "extremes" else f", {self.ranges!r}"
-        return f"RoundToNearest({str(self.format)!r}{ranges})"
+        heads = "" if self.heads else ", heads=False"
+        return f"RoundToNearest({str(self.format)!r}{ranges}{heads})"
 
     def storing(self, format: WeightFormat) -> RoundToNearest:
         """Return the pass for another format."""
-        return RoundToNearest(format, self.ranges)
+        return RoundToNearest(format, self.ranges, self.heads)
 
     def resized(self, bits: int | None, group: int | None) -> RoundToNearest:
-        return RoundToNearest(resized(self.format, bits, group), self.ranges)
+        return self.storing(resized(self.format, bits, group))
 
     def refusals(self, graph: Graph) -> list[Refusal]:
         found = (refusal_of(parameter, self.format) for parameter in self.parameters(graph))
@@ -134,11 +146,16 @@ class RoundToNearest(Pass):
 
     def parameters(self, graph: Graph) -> list[Node]:
         """List the parameters to store."""
-        return list(dict.fromkeys(linear.inputs[1] for linear in quantizable_linears(graph)))
+        return list(dict.fromkeys(linear.inputs[1] for linear in self.linears(graph)))
+
+    def linears(self, graph: Graph) -> list[Node]:
+        """List the linears that read them."""
+        found = quantizable_linears(graph)
+        return [each for each in found if self.heads or each not in graph.outputs]
 
     def replaced(self, graph: Graph, quantized: dict[Node, Node]) -> Graph:
         """Let the linears read other parameters."""
-        return read_by_linears(graph, quantizable_linears(graph), quantized, self.name)
+        return read_by_linears(graph, self.linears(graph), quantized, self.name)
 
     def planned(self, parameter: Node) -> Node:
         """Return the parameter without values, in the format."""
@@ -162,7 +179,8 @@ def planned_in(parameter: Node, format: WeightFormat) -> Node:
     refused = refusal_of(parameter, format)
     if refused is not None:
         raise FormatError(str(refused))
-    return make(ops.Parameter(planned_remainder(weight, format)), origin=parameter.origin)
+    stored = planned_remainder(weight, format)
+    return make(ops.Parameter(stored), origin=parameter.origin)
 
 
 def read_by_linears(
@@ -215,12 +233,12 @@ def require_storable(terms: tuple[Term, ...], weight: Weight) -> None:
 
 
 def quantizable_linears(graph: Graph) -> Iterator[Node]:
-    """Yield the linears whose weight is stored in 16 bits or more."""
+    """Yield the linears whose weight is plain values of 16 bits or more."""
     for node in graph.nodes:
         if not isinstance(node.op, ops.Linear):
             continue
         parameter = node.inputs[1].op
-        if isinstance(parameter, ops.Parameter) and parameter.weight.bits_per_element >= 16:
+        if isinstance(parameter, ops.Parameter) and is_unrounded(parameter.weight):
             yield node
 
 

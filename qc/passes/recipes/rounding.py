@@ -14,7 +14,9 @@ from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.quantize.tables import StoreTables
 from qc.passes.recipes.recipe import Recipe
 
-STORE_16 = (StoreTables(torch.float16), ExplicitCache(torch.float16))
+TABLES_16 = (StoreTables(torch.float16),)
+CACHE_16 = (ExplicitCache(torch.float16),)
+STORE_16 = (*TABLES_16, *CACHE_16)
 INT8_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, 32)),)
 
 W8A16 = Recipe("w8a16", (*STORE_16, RoundToNearest(GroupedFormat(8, 32, "symmetric"))))

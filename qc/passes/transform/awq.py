@@ -18,10 +18,10 @@ from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Term
 from qc.passes.calibration.schedule import LinearGroup
 from qc.passes.calibration.statistics import Hessian, Moments
-from qc.passes.pipeline import Context, Pass
+from qc.passes.pipeline import Context
 from qc.passes.quantize.round_to_nearest import round_to_nearest
 from qc.passes.stage import CANONICAL, Stage
-from qc.passes.transform.calibrated import changeable_groups, keep_known, shared_mean
+from qc.passes.transform.calibrated import ForFormat, changeable_groups, keep_known, shared_mean
 from qc.passes.transform.linears import values_of
 from qc.passes.transform.smooth_inputs import smoothed_together
 
@@ -58,7 +58,7 @@ def search_scales(
 
 
 @dataclass(frozen=True)
-class AwqScales(Pass):
+class AwqScales(ForFormat):
     """Enlarge the input channels of weights whose activations are large, so that they round finer.
 
         linear(%x, %w)  -->  linear(mul(%x, 1/s), %w s)
@@ -73,13 +73,8 @@ class AwqScales(Pass):
     name: ClassVar[str] = "awq_scales"
     requires: ClassVar[Stage] = CANONICAL
     ensures: ClassVar[Stage] = CANONICAL
-    format: str = "int4·g64·zero"
     grid: int = 20
     targets: tuple[str, ...] = ("linears",)
-
-    def preview(self, graph: Graph) -> Graph:
-        """Return the graph itself: products by vectors change neither shapes nor formats."""
-        return graph
 
     def run(self, graph: Graph, context: Context) -> Graph:
         calibration = context.data(self)

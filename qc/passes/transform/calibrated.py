@@ -4,8 +4,8 @@ inputs that they change."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node
+from qc.ir.weights.notation import parse_weights
+from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration import Calibration
 from qc.passes.calibration.schedule import LinearGroup, linear_groups
 from qc.passes.calibration.selection import is_head, select_linears
@@ -25,7 +27,27 @@ from qc.passes.calibration.statistics import (
     Samples,
     Statistic,
 )
+from qc.passes.pipeline import Pass
+from qc.passes.quantize.round_to_nearest import resized
 from qc.passes.transform.flow import is_open_linear, writer_of
+
+
+@dataclass(frozen=True)
+class ForFormat(Pass):
+    """A pass that prepares weights for the format in which a later one stores them, as printed."""
+
+    looks_ahead: ClassVar[bool] = True
+    format: str = "int4·g64·zero"
+
+    def storing(self, format: WeightFormat) -> Self:
+        return replace(self, format=str(format))
+
+    def resized(self, bits: int | None, group: int | None) -> Self:
+        return replace(self, format=str(resized(parse_weights(self.format), bits, group)))
+
+    def preview(self, graph: Graph) -> Graph:
+        """Return the graph itself: shapes and formats stay."""
+        return graph
 
 
 def changeable_groups(graph: Graph, targets: Sequence[str]) -> tuple[LinearGroup, ...]:

@@ -13,13 +13,15 @@ from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
 from qc.ir.threads import side_by_side
+from qc.ir.weights.grouped import GroupedFormat
 from qc.ir.weights.notation import parse_weights
+from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration.statistics import Hessian
-from qc.passes.pipeline import Context, Pass
+from qc.passes.pipeline import Context
 from qc.passes.quantize.round_to_nearest import round_to_nearest
 from qc.passes.stage import CANONICAL, Stage
 from qc.passes.transform.awq import Round, total
-from qc.passes.transform.calibrated import changeable_groups, keep_known
+from qc.passes.transform.calibrated import ForFormat, changeable_groups, keep_known
 from qc.passes.transform.linears import storing, values_of
 
 
@@ -64,28 +66,23 @@ def clamped(values: Tensor, limits: Tensor, group: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ClipWeights(Pass):
+class ClipWeights(ForFormat):
     """Clamp weights where a smaller range rounds the rest of the group so much finer that the
     outputs gain by it.
 
         linear(%x, %w)  -->  linear(%x, clamp %w)
 
-    Of every row and `group` inputs, for rounding to `format`; queries and keys stay, as clipping
-    them moves attention. Lossy: minimises the error of a linear's outputs, each group of inputs by
-    itself. AWQ (Lin et al. 2023), section 3.2 and appendix.
+    Of every row and `group` inputs (those of `format` by default), for rounding to `format`;
+    queries and keys stay, as clipping them moves attention. Lossy: minimises the error of a
+    linear's outputs, each group of inputs by itself. AWQ (Lin et al. 2023), section 3.2.
     """
 
     name: ClassVar[str] = "clip_weights"
     requires: ClassVar[Stage] = CANONICAL
     ensures: ClassVar[Stage] = CANONICAL
     exact: ClassVar[bool] = False
-    format: str = "int4·g64·zero"
-    group: int = 64
+    group: int | None = None
     targets: tuple[str, ...] = ("linears",)
-
-    def preview(self, graph: Graph) -> Graph:
-        """Return the graph itself: shapes and formats stay."""
-        return graph
 
     def run(self, graph: Graph, context: Context) -> Graph:
         calibration = context.data(self)
@@ -97,13 +94,14 @@ class ClipWeights(Pass):
 
         def clip(linear: Node) -> Node:
             hessian = known[linear.inputs[0], Hessian()]
+            weight = values_of(linear)
             values = search_clipping(
-                values_of(linear), hessian, self.group,
+                weight, hessian, self.group or group_of(format, weight.shape[1]),
                 lambda matrix: total(round_to_nearest(matrix, format)),
             )  # fmt: skip
-            x, weight, *rest = linear.inputs
+            x, parameter, *rest = linear.inputs
             origin = linear.origin.touched_by(self.name)
-            return make(linear.op, x, storing(weight, values), *rest, origin=origin)
+            return make(linear.op, x, storing(parameter, values), *rest, origin=origin)
 
         replacements: dict[Node, Node] = {}
         for number, (linear, clipped) in enumerate(side_by_side(clip, linears)):
@@ -112,6 +110,14 @@ class ClipWeights(Pass):
         after = substitute(graph, replacements)
         keep_known(calibration, graph, after, {})  # as the linears' inputs before any clipping
         return after
+
+
+def group_of(format: WeightFormat, cols: int) -> int:
+    """Return how many inputs share a scale: the whole row where a format says nothing of groups."""
+    for term in format.terms:
+        if isinstance(term, GroupedFormat):
+            return term.group_size(cols)
+    return cols
 
 
 def matched_by_attention(graph: Graph) -> set[Node]:

@@ -22,6 +22,7 @@ from qc.passes.quantize.round_to_nearest import round_to_nearest
 from qc.passes.stage import CANONICAL, Stage
 from qc.passes.transform.awq import total
 from qc.passes.transform.calibrated import (
+    ForFormat,
     changeable_groups,
     first_sequences,
     keep_known,
@@ -95,7 +96,7 @@ def scales_of(graph: Graph, group: LinearGroup, largest: Tensor, alpha: float) -
 
 
 @dataclass(frozen=True)
-class SearchSmoothing(Pass):
+class SearchSmoothing(ForFormat):
     """Smooth with the one alpha that makes the whole model lose least once it is rounded.
 
         linear(%x, %w)  -->  linear(mul(%x, 1/s), %w s)        or nothing, where that is best
@@ -109,14 +110,9 @@ class SearchSmoothing(Pass):
     name: ClassVar[str] = "search_smoothing"
     requires: ClassVar[Stage] = CANONICAL
     ensures: ClassVar[Stage] = CANONICAL
-    format: str = "int4·g64·zero"
     steps: int = 20
     samples: int = 4
     targets: tuple[str, ...] = ("linears",)
-
-    def preview(self, graph: Graph) -> Graph:
-        """Return the graph itself: products by vectors change neither shapes nor formats."""
-        return graph
 
     def run(self, graph: Graph, context: Context) -> Graph:
         calibration = context.data(self)
