@@ -441,8 +441,7 @@ class GroupedRounding(Rounding):
     def refit(self, target: Tensor, hessian: Tensor) -> bool:
         """Solve for all scales (and minima) of a row at once: they enter its error linearly."""
         format = self.format
-        nested = format.scale is not None or format.minimum is not None
-        if format.tile_rows != 1 or nested:
+        if format.tile_rows != 1:
             return False
         groups = torch.arange(self.shape[1]) // self.group
         shift = self.zero[:, groups].T if format.offset == "zero" else float(format.middle)

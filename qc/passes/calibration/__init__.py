@@ -6,6 +6,7 @@ from qc.passes.calibration.schedule import LinearGroup
 from qc.passes.calibration.selection import select_linears
 from qc.passes.calibration.statistics import (
     AbsMax,
+    Drift,
     Hessian,
     Moments,
     Samples,
@@ -19,6 +20,7 @@ __all__ = [
     "Calibration",
     "Checkpoint",
     "Coverage",
+    "Drift",
     "Hessian",
     "LinearGroup",
     "Moments",

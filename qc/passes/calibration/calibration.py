@@ -24,8 +24,8 @@ from qc.passes.calibration.data import Encode, batched, read_sequences
 from qc.passes.calibration.fisher import Gradients, squared_gradients
 from qc.passes.calibration.generate import write_sequences
 from qc.passes.calibration.schedule import LinearGroup, Step, linear_groups, plan_steps
-from qc.passes.calibration.statistics import Statistic
-from qc.passes.calibration.walk import Batch, Walk
+from qc.passes.calibration.statistics import Drift, Statistic
+from qc.passes.calibration.walk import Batch, Walk, advance_both
 
 SELF = "self"
 
@@ -165,11 +165,20 @@ class Calibration:
 
         A group is the linears that read one value; `visit` gets it with the statistics of that
         value. Where `sequencing` is "sequential" these include the errors of all weights that are
-        stored already; "independent" measures the graph as it is. Finished groups are written to
+        stored already; "independent" measures the graph as it is. `Drift` compares the two, at the
+        price of evaluating both. Finished groups are written to
         the checkpoint, if there is one, and read from it in place of calling `visit`.
         """
         groups = linear_groups(graph, linears)
         walk = Walk(graph, self.batches(graph))
+        compares = any(isinstance(each, Drift) for each in statistics)
+        original = Walk(graph, walk.batches) if compares and sequencing == "sequential" else None
+
+        def advance(step: Step, wanted: Mapping[Node, Sequence[Statistic]]) -> Known:
+            if original is None:
+                return walk.advance(step, wanted)
+            return advance_both(walk, original, step, wanted)
+
         stored: dict[Node, Weight] = {}
         waiting: list[
             Step
@@ -180,9 +189,9 @@ class Calibration:
             found = self.checkpoint.read(group.parameters) if self.checkpoint else None
             if found is None:
                 for earlier in waiting:
-                    walk.advance(earlier)
+                    advance(earlier, {})
                 waiting.clear()
-                found = dict(visit(group, walk.advance(step, {group.x: statistics})))
+                found = dict(visit(group, advance(step, {group.x: statistics})))
                 if self.checkpoint:
                     self.checkpoint.write(group.parameters, found)
             else:

@@ -27,6 +27,11 @@ class Statistic(ABC):
     def partial(self, value: Tensor) -> Any:
         """Measure a float32 value [..., channels] of one batch."""
 
+    def compared(self, value: Tensor, original: Tensor | None) -> Any:
+        """Measure a value of one batch that is `original` in the graph as it came, or None where
+        nothing is compared."""
+        return self.partial(value)
+
     @abstractmethod
     def merged(self, known: Any, partial: Any) -> Any:
         """Add the measurement of the next batch."""
@@ -98,6 +103,33 @@ class Hessian(Statistic):
     def finished(self, known: tuple[int, Tensor]) -> Tensor:
         tokens, total = known
         return total.mul_(2 / max(1, tokens))
+
+
+@dataclass(frozen=True)
+class Drift(Statistic):
+    """2/n sum (y - x) x^T over n tokens: float64[channels, channels], x the value as it is by now,
+    y what it is in the original. Only a sequential visit knows both; elsewhere they are equal.
+
+    With it a weight can make up for what earlier weights have lost: see `visit`.
+    """
+
+    def partial(self, value: Tensor) -> tuple[int, Tensor]:
+        tokens = tokens_of(value)
+        return len(tokens), tokens.new_zeros(tokens.shape[1], tokens.shape[1])
+
+    def compared(self, value: Tensor, original: Tensor | None) -> tuple[int, Tensor]:
+        if original is None:
+            return self.partial(value)
+        tokens = tokens_of(value)
+        return len(tokens), (tokens_of(original) - tokens).T @ tokens
+
+    def merged(
+        self, known: tuple[int, Tensor] | None, partial: tuple[int, Tensor]
+    ) -> tuple[int, Tensor]:
+        return Hessian().merged(known, partial)
+
+    def finished(self, known: tuple[int, Tensor]) -> Tensor:
+        return Hessian().finished(known)
 
 
 GRAM_BLOCK = 256

@@ -66,29 +66,66 @@ class Walk:
     ) -> Iterator[list[Any]]:
         """Compute a step batch by batch; yield what `watch(batch, node, value)` made of the wanted
         values, in order."""
-        shared = {p: self.weight(p).dense() for p in step.parameters}
-
-        def compute(number: int) -> list[Any]:
-            values = {**shared, **self.known[number]}
-            batch, sizes = self.batches[number], self.sizes[number]
-            remaining = uses(step)
-            found: list[Any] = []
-            for node in step.wanted:  # what an earlier step has computed already
-                if node in values:
-                    found += watch(number, node, values[node])
-            for node in step.nodes:
-                values[node] = value_of(node, values, batch, sizes)
-                if node in step.wanted:
-                    found += watch(number, node, values[node])
-                for operand in node.inputs:
-                    remaining[operand] -= 1
-                    if not remaining[operand]:
-                        values.pop(operand, None)
-            self.known[number] = {node: values[node] for node in step.live}
-            return found
-
-        for _, found in side_by_side(compute, range(len(self.batches))):
+        shared = self.decoded(step)
+        for _, found in side_by_side(
+            lambda number: self.compute(step, number, shared, watch), range(len(self.batches))
+        ):
             yield found
+
+    def decoded(self, step: Step) -> dict[Node, Any]:
+        """Return the values of the stored tensors that a step reads."""
+        return {p: self.weight(p).dense() for p in step.parameters}
+
+    @torch.no_grad()
+    def compute(
+        self, step: Step, number: int, shared: Mapping[Node, Any],
+        watch: Callable[[int, Node, Any], list[Any]],
+    ) -> list[Any]:  # fmt: skip
+        """Compute a step for one batch; return what `watch` made of the wanted values."""
+        values = {**shared, **self.known[number]}
+        batch, sizes = self.batches[number], self.sizes[number]
+        remaining = uses(step)
+        found: list[Any] = []
+        for node in step.wanted:  # what an earlier step has computed already
+            if node in values:
+                found += watch(number, node, values[node])
+        for node in step.nodes:
+            values[node] = value_of(node, values, batch, sizes)
+            if node in step.wanted:
+                found += watch(number, node, values[node])
+            for operand in node.inputs:
+                remaining[operand] -= 1
+                if not remaining[operand]:
+                    values.pop(operand, None)
+        self.known[number] = {node: values[node] for node in step.live}
+        return found
+
+
+def advance_both(
+    walk: Walk, original: Walk, step: Step, requests: Mapping[Node, Sequence[Statistic]]
+) -> dict[tuple[Node, Statistic], Any]:
+    """Compute a step in two walks over the same batches; measure the first, and what compares it
+    with the second."""
+    sums: dict[tuple[Node, Statistic], Any] = {}
+    shared = walk.decoded(step), original.decoded(step)
+
+    def compute(number: int) -> list[tuple[tuple[Node, Statistic], Any]]:
+        plain: dict[Node, Any] = {}
+
+        def keep(_: int, node: Node, value: Any) -> list[Any]:
+            plain[node] = value
+            return []
+
+        original.compute(step, number, shared[1], keep)
+        return walk.compute(
+            step, number, shared[0],
+            lambda _, node, value: measured(requests, node, value, plain.get(node)),
+        )  # fmt: skip
+
+    for _, partial in side_by_side(compute, range(len(walk.batches))):
+        for key, found in partial:
+            sums[key] = key[1].merged(sums.get(key), found)
+    return {key: key[1].finished(total) for key, total in sums.items()}
 
 
 def uses(step: Step) -> dict[Node, int]:
@@ -101,13 +138,14 @@ def uses(step: Step) -> dict[Node, int]:
 
 
 def measured(
-    requests: Mapping[Node, Sequence[Statistic]], node: Node, value: Any
+    requests: Mapping[Node, Sequence[Statistic]], node: Node, value: Any, original: Any = None
 ) -> list[tuple[tuple[Node, Statistic], Any]]:
-    """Measure one value of one batch."""
-    if node not in requests:
+    """Measure one value of one batch, and what it is in the original where that is known."""
+    if not requests.get(node):
         return []
     seen = as_float(value)
-    return [((node, each), each.partial(seen)) for each in requests[node]]
+    plain = None if original is None else as_float(original)
+    return [((node, each), each.compared(seen, plain)) for each in requests[node]]
 
 
 def sizes_of(graph: Graph, batch: Batch) -> dict[str, int]:

@@ -19,6 +19,7 @@ from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.calibration import (
     Calibration,
     Coverage,
+    Drift,
     Hessian,
     LinearGroup,
     Sequencing,
@@ -149,11 +150,15 @@ class StoreByData(Pass):
         """Store the weights of linears that read one value; all arithmetic on single threads."""
         hessian: Tensor = known[group.x, Hessian()]
         prepared = on_one_thread(self.prepare, hessian, weight_of(group.parameters[0]).name)
+        drift: Tensor | None = known.get((group.x, Drift()))
+        change = None if drift is None else on_one_thread(self.correction, hessian, drift)
         wide = hessian.float()
 
         def store(parameter: Node) -> tuple[Weight, float]:
             weight = weight_of(parameter)
-            terms = self.store(remainder(weight).float(), prepared, parameter)
+            wanted = remainder(weight).float()
+            wanted = wanted if change is None else wanted + wanted @ change
+            terms = self.store(wanted, prepared, parameter)
             require_storable(terms, weight)
             stored = with_remainder(weight, terms)
             values = weight.dense().float()
@@ -169,6 +174,10 @@ class StoreByData(Pass):
     def prepare(self, hessian: Tensor, name: str) -> Any:
         """Turn H into what all weights of a group need of it."""
         return hessian
+
+    def correction(self, hessian: Tensor, drift: Tensor) -> Tensor:
+        """Turn what the inputs have drifted into a change D of the weights: W becomes W + W D."""
+        raise NotImplementedError
 
     def store(self, values: Tensor, prepared: Any, parameter: Node) -> tuple[Term, ...]:
         """Store float32 values [out, in]."""

@@ -179,7 +179,8 @@ def planned_in(parameter: Node, format: WeightFormat) -> Node:
     refused = refusal_of(parameter, format)
     if refused is not None:
         raise FormatError(str(refused))
-    return make(ops.Parameter(planned_remainder(weight, format)), origin=parameter.origin)
+    stored = planned_remainder(weight, format)
+    return make(ops.Parameter(stored), origin=parameter.origin)
 
 
 def read_by_linears(

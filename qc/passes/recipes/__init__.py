@@ -15,10 +15,8 @@ from qc.passes.recipes.squeezellm import SQUEEZELLM
 from qc.passes.recipes.svdquant import SVDQUANT, SVDQUANT_A16
 
 ROUNDING = (F32, W8, W8A16, W4, W4A16, W3, W2)
-"""Nothing but round-to-nearest: these look at no data."""
-
 PUBLISHED = (
-    GPTQ, AWQ, SPQR, SQUEEZELLM, GWQ, LORC, SVDQUANT, SVDQUANT_A16, SMOOTHQUANT_PLUS, CLAQ, ADADIM,
+    ADADIM, AWQ, CLAQ, GPTQ, GWQ, LORC, SMOOTHQUANT_PLUS, SPQR, SQUEEZELLM, SVDQUANT, SVDQUANT_A16
 )  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*ROUNDING, *PUBLISHED)}

@@ -10,12 +10,11 @@ import torch
 from qc.errors import FormatError, RecipeError
 from qc.ir import ops
 from qc.ir.graph import Graph
-from qc.ir.node import Node
 from qc.ir.weights.weight import Weight
 from qc.passes.calibration import Calibration, Hessian
 from qc.passes.pipeline import Context, Pass
 from qc.passes.quantize.error_feedback import output_error
-from qc.passes.quantize.gptq import Gptq
+from qc.passes.quantize.gptq import Gptq, repairing
 from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.transform.linears import values_of
 from qc.stages import resolve_recipe
@@ -154,14 +153,31 @@ def test_sequential_repairs_what_independent_leaves() -> None:
     batch = inputs_of(graph, torch.stack(token_sequences()))
     expected = evaluate(graph, batch, {"keep": LENGTH})["logits"]
 
-    def distance(sequencing: Any) -> float:
-        after = Gptq("int2·g16·min", sequencing=sequencing).run(graph, context())
+    def distance(**options: Any) -> float:
+        after = Gptq("int2·g16·min", **options).run(graph, context())
         found = evaluate(after, batch, {"keep": LENGTH})["logits"]
         return float((found - expected).norm() / expected.norm())
 
-    assert distance("sequential") < distance("independent")
+    independent, sequential, repaired = (
+        distance(sequencing="independent"), distance(), distance(repair=0.5, damping=0.05)
+    )  # fmt: skip
+    assert repaired < sequential < independent
 
 
-def parameter_named(graph: Graph, name: str) -> Node:
-    """Return a stored tensor by name."""
-    return next(p for p in graph.parameters if p.op.weight.name == name)  # type: ignore[attr-defined]
+def test_without_drift_there_is_nothing_to_repair() -> None:
+    """The first group sees the inputs of the original: its weights are stored as without repair."""
+    graph = canonical()
+    plain, repaired = (stored(graph, Gptq(FORMAT, repair=r)) for r in (0.0, 1.0))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(plain[name].dense(), repaired[name].dense())
+    later = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.equal(plain[later].dense(), repaired[later].dense())
+
+
+def test_repairing_solves_for_the_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=generator, dtype=torch.float64)
+    mix = torch.eye(8) + 0.2 * torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    y, w = x @ mix, torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    change = repairing(2 / 300 * x.T @ x, 2 / 300 * (y - x).T @ x, 0.0)
+    torch.testing.assert_close(x @ (w + w @ change).T, y @ w.T)
