@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qc.checking.check import require_possible
 from qc.errors import InputError
+from qc.explaining.explain import ExplainOptions
 from qc.frontends import open_model
 from qc.ir.target import parse_target
 from qc.ir.weights.weight import WeightFormat
@@ -23,6 +24,7 @@ from qc.stages import CapturedModel, Progress, resolve_recipe, silent
 if TYPE_CHECKING:
     from qc.checking.report import CheckReport
     from qc.runtime import Artifact
+    from qc.runtime.explanation import Explanation
 
 
 def trace(model: Any, example_inputs: Mapping[str, Any] | None = None) -> CapturedModel:
@@ -48,6 +50,7 @@ def compile(
     max_seq_length: int = 512,
     seed: int = 0,
     resume: bool = False,
+    explain: bool = False,
     output: str | Path | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
@@ -60,7 +63,8 @@ def compile(
     `num_calibration_samples` sequences of `max_seq_length` tokens of `calibration`: texts, token
     ids, a .txt or .jsonl file, a data set, or "self", text that the model writes, drawn with
     `seed`. With `output` the artifact is written there, and finished weights are kept beside it
-    until it is: with `resume` a compilation that was killed goes on from them. `progress=True`
+    until it is: with `resume` a compilation that was killed goes on from them. With `explain` the
+    artifact says what every pass costs every layer, `artifact.explain()`. `progress=True`
     shows a bar; a function gets (step, fraction). TargetError, RecipeError and FormatError list the
     nearest names, and ArtifactError refuses an `output` that cannot be written, before anything is
     read. What cannot be stored as asked, or has no kernel, is refused before any long work.
@@ -73,12 +77,46 @@ def compile(
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)
         require_possible(canonical.graph, passes, machine)
-        quantized = canonical.quantize(passes, report, calibration=replace(data, checkpoint=kept))
+        run = canonical.explain if explain else canonical.quantize
+        quantized = run(passes, report, calibration=replace(data, checkpoint=kept))
         planned = quantized.lower(machine, report)
         artifact = planned.build(output, target, report)
     if kept is not None:
         kept.remove()
     return artifact
+
+
+def explain(
+    model: Any,
+    target: str = "cpu-w4",
+    *,
+    recipe: str | Recipe | Pipeline | None = None,
+    weights: str | WeightFormat | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    calibration: Any = SELF,
+    num_calibration_samples: int = 128,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    options: ExplainOptions | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    progress: bool | Callable[[str, float], None] = False,
+) -> Explanation:
+    """Quantize a model as `compile` with these arguments would, and say where the loss comes from:
+    errors of every layer after every pass, and what each layer alone costs the logits."""
+    _, recipe_name = parse_target(target, RECIPES)
+    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    with shown(progress) as report:
+        report("capture", 0.0)
+        canonical = trace(model, example_inputs).canonicalize(report)
+        named = recipe if isinstance(recipe, str) else recipe_name
+        quantized = canonical.explain(
+            passes, report, calibration=data, options=options, name=named
+        )  # fmt: skip
+    found = quantized.explanation
+    assert found is not None
+    return found
 
 
 def calibration_of(

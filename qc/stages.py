@@ -9,6 +9,7 @@ artifact = planned.build()            # compiled, ready to run
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import weakref
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from qc.checking.check import check_graph
 from qc.errors import QcError, RecipeError, nearest
+from qc.explaining.explain import ExplainOptions, explain
 from qc.frontends.captured import Captured
 from qc.ir.graph import Graph
 from qc.ir.meaning import evaluate
@@ -37,6 +39,7 @@ from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.round_to_nearest import RoundToNearest, as_weight_format
 from qc.passes.recipes import RECIPES, Recipe
 from qc.report import compile_report
+from qc.runtime.explanation import FIGURES, Explanation
 from qc.runtime.text import TextModel
 
 if TYPE_CHECKING:
@@ -130,6 +133,26 @@ class CanonicalModel:
         graph = passes.run(self.graph, context)
         return QuantizedModel(self.captured, self.graph, graph, context.log, data.coverage)
 
+    def explain(
+        self,
+        recipe: str | Recipe | Pipeline,
+        progress: Progress = silent,
+        *,
+        calibration: Calibration | None = None,
+        options: ExplainOptions | None = None,
+        name: str = "",
+    ) -> QuantizedModel:
+        """Run a recipe and measure what every pass costs every layer: `explanation` of the
+        result, which calls the recipe `name`."""
+        passes = resolve_recipe(recipe)
+        data = self.bind(calibration or Calibration())
+        context = Context(Target("any", "any"), progress, list(self.log), data)
+        name = name or (recipe if isinstance(recipe, str) else "")
+        graph, found = explain(self.graph, passes, context, options, self.captured.source, name)
+        return QuantizedModel(
+            self.captured, self.graph, graph, context.log, data.coverage, found
+        )  # fmt: skip
+
     def bind(self, calibration: Calibration) -> Calibration:
         """Tell a calibration how this model reads and writes text."""
         facts = self.captured.captured
@@ -151,6 +174,8 @@ class QuantizedModel:
     log: list[Step] = field(default_factory=list)
     coverage: Mapping[str, Coverage] = field(default_factory=dict)
     """What data each weight saw that was stored by data."""
+    explanation: Explanation | None = None
+    """Where the loss comes from, where that was asked for."""
 
     def __call__(self, sizes: Mapping[str, int] | None = None, **inputs: Tensor) -> dict[str, Any]:
         """Evaluate the graph in the reference interpreter; caches may be left out when empty."""
@@ -230,7 +255,13 @@ class PlannedModel:
             "ir/quantized.txt": str(self.quantized.graph),
             "ir/planned.txt": str(self.graph),
             "ir/log.txt": "\n".join(step.text for step in self.quantized.log),
+            **self.figures(),
         }
+
+    def figures(self) -> dict[str, str]:
+        """Write the explanation, where there is one."""
+        found = self.quantized.explanation
+        return {} if found is None else {FIGURES: json.dumps(found.to_dict(), ensure_ascii=False)}
 
     def __str__(self) -> str:
         return str(self.graph)

@@ -107,8 +107,8 @@ def summed_up(
         return Explanation(source, recipe, 0, 0, ())
     kept, stored = layers_of(account.reference), layers_of(final)
     layers = [
-        LayerFigures(name, kept[name].shape, kept[name].bits, tuple(steps))
-        for name, steps in account.steps.items()
+        LayerFigures(name, number, kept[name].shape, kept[name].bits, tuple(account.steps[name]))
+        for number, name in enumerate(name for name in stored if name in account.steps)
     ]
     inputs = account.inputs()
     tokens = max(len(x) for x in inputs.values())

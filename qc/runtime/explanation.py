@@ -11,6 +11,9 @@ from qc.runtime.tables import format_table
 
 __all__ = ["Explanation", "LayerFigures", "PassFigures"]
 
+FIGURES = "explain/figures.json"
+"""Where an artifact keeps its explanation."""
+
 
 @dataclass(frozen=True)
 class PassFigures:
@@ -26,13 +29,15 @@ class PassFigures:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """One stored matrix: what each pass did to it, and what that costs the model.
+    """One stored matrix: what each pass did to it, and what that costs the model. `position`
+    counts the layers in the order of the graph.
 
     `divergence` is KL(original || model) of the logits, nats a token, when this layer alone is
     quantized; None where it was not measured. `suggestion` says what would help most for its bits.
     """
 
     name: str
+    position: int
     shape: tuple[int, int]
     bits_before: float
     steps: tuple[PassFigures, ...]
@@ -110,6 +115,26 @@ class Explanation:
             for layer in self.layers
         ]
 
+    def in_order(self) -> list[LayerFigures]:
+        """Return the layers as the graph has them."""
+        return sorted(self.layers, key=lambda layer: layer.position)
+
+    def by_pass(self) -> list[dict[str, Any]]:
+        """Return the mean errors and bits of all layers after each pass, in order."""
+        names = list(dict.fromkeys(step.name for layer in self.layers for step in layer.steps))
+        rows = []
+        for name in names:
+            steps = [step for layer in self.layers for step in layer.steps if step.name == name]
+            count = len(steps)
+            rows.append({
+                "pass": name,
+                "layers": count,
+                "bits": round(sum(step.bits for step in steps) / count, 3),
+                "weight error": sum(step.weight_error for step in steps) / count,
+                "output error": sum(step.output_error for step in steps) / count,
+            })  # fmt: skip
+        return rows
+
     def headline(self) -> str:
         """Say in two lines what was measured."""
         lines = [
@@ -126,7 +151,8 @@ class Explanation:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return f"{format_table(self.rows())}\n\n{self.headline()}"
+        tables = (format_table(self.rows()), format_table(self.by_pass()), self.headline())
+        return "\n\n".join(tables)
 
 
 def read_explanation(content: Mapping[str, Any]) -> Explanation:
@@ -157,6 +183,7 @@ def read_layer(content: Mapping[str, Any]) -> LayerFigures:
         raise ValueError("a layer without passes")
     divergence = content["divergence"]
     return LayerFigures(
-        str(content["name"]), (rows, cols), float(content["bits_before"]), steps,
+        str(content["name"]), int(content["position"]), (rows, cols),
+        float(content["bits_before"]), steps,
         None if divergence is None else float(divergence), str(content["suggestion"]),
     )  # fmt: skip

@@ -80,12 +80,18 @@ def keep_known(
     calibration: Calibration, before: Graph, after: Graph, scales: Mapping[Node, Tensor]
 ) -> None:
     """Let an exact change keep what is known of the linears' inputs: the value behind x is now
-    x / scales[x], or x where it is not named."""
+    x / scales[x], or x where it is not named. It is forgotten at the old nodes, for it is large."""
+    moved: dict[Node, Node] = {}
     for old, new in zip(linears_of(before), linears_of(after), strict=True):
-        known = dict(calibration.remembered(old.inputs[0]))
-        scale = scales.get(old.inputs[0])
-        changed = known if scale is None else divided(known, scale)
-        calibration.remembered(new.inputs[0]).update(changed)
+        moved.setdefault(old.inputs[0], new.inputs[0])
+    for x, successor in moved.items():
+        if successor is x:
+            continue
+        known = calibration.remembered(x)
+        scale = scales.get(x)
+        found = dict(known) if scale is None else divided(known, scale)
+        known.clear()
+        calibration.remembered(successor).update(found)
 
 
 def linears_of(graph: Graph) -> list[Node]:
@@ -94,13 +100,13 @@ def linears_of(graph: Graph) -> list[Node]:
 
 
 def divided(known: Mapping[Statistic, Any], scale: Tensor) -> dict[Statistic, Any]:
-    """Return the statistics of x / scale [channels] from those of x."""
+    """Return the statistics of x / scale [channels] from those of x, whose memory is reused."""
     wide = scale.double()
     changed: dict[Statistic, Any] = {}
     for statistic, result in known.items():
         match statistic, result:
             case Hessian(), Tensor():
-                changed[statistic] = result / wide.outer(wide)
+                changed[statistic] = result.div_(wide.outer(wide))
             case AbsMax() | Samples(), Tensor():
                 changed[statistic] = result / scale
             case Moments(), MomentValues(tokens, mean, absolute, square):
