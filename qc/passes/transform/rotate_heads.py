@@ -37,6 +37,10 @@ class RotateHeads(Pass):
     ensures: ClassVar[Stage] = CANONICAL
     seed: int = 0
 
+    def preview(self, graph: Graph) -> Graph:
+        """Return the graph itself: formats and shapes of matrices stay."""
+        return graph
+
     def run(self, graph: Graph, context: Context) -> Graph:
         replacements: dict[Node, Node] = {}
         for node in graph.nodes:

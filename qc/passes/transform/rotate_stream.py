@@ -55,6 +55,10 @@ class RotateStream(Pass):
     ensures: ClassVar[Stage] = CANONICAL
     seed: int = 0
 
+    def preview(self, graph: Graph) -> Graph:
+        """Return the graph itself: formats and shapes of matrices stay."""
+        return graph
+
     def run(self, graph: Graph, context: Context) -> Graph:
         folded = FoldGains().run(graph, context)
         found = [(stream, random_hadamard(stream.channels, self.seed))
