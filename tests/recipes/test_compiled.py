@@ -60,6 +60,10 @@ def test_the_command_line_calibrates(
     command = ["compile", str(model), "--target", "torch-w4", "-o", str(place), *options]
     assert main(command) == 0
     assert "int3·g8·zero" in capsys.readouterr().out
+    rows = qc.load(place).report().to_dict()["rows"]
+    covered = [row for row in rows if row.get("tokens")]
+    assert {row["format"] for row in covered} == {"int3·g8·zero"}
+    assert all(0 < row["output_error"] < 1 for row in covered)
     first = (place / "weights.safetensors").read_bytes()
     assert not list(tmp_path.glob(".llama.qc.unfinished*"))
     assert main([*command, "--resume"]) == 0  # nothing is left to resume: it begins anew
