@@ -234,7 +234,7 @@ class PlannedModel:
             captured.captured.bos_id,
             captured.captured.context_length,
             captured.captured.tokenizer,
-            compile_report(self.quantized.graph, captured.source, name),
+            compile_report(self.quantized.graph, captured.source, name, self.quantized.coverage),
             self.texts(),
         )
         if self.target.device == "torch":

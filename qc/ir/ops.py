@@ -662,7 +662,7 @@ class Attention(Op):
         q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
         if self.is_plain(q.shape[2], k.shape[2]) and mask is None:
             attended = F.scaled_dot_product_attention(
-                q, k, v, is_causal=self.causal, scale=self.scale, enable_gqa=True
+                q, k, v, is_causal=self.causal and q.shape[2] > 1, scale=self.scale, enable_gqa=True
             )
             return attended.transpose(1, 2)
         repeat = q.shape[1] // k.shape[1]
@@ -680,9 +680,9 @@ class Attention(Op):
 
     def is_plain(self, seq: int, total: int) -> bool:
         """Say whether torch has this attention as one call, which is four times as fast; its
-        causal one sees no past."""
+        causal one sees no past, and a single query sees everything."""
         plain = self.window is None and self.softcap is None
-        return plain and (not self.causal or seq == total) and seq > 1
+        return plain and (not self.causal or seq in (1, total))
 
     def visible(self, seq: int, total: int) -> Tensor:
         """Return the bool [seq, total] pattern of `causal` and `window`."""

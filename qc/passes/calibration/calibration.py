@@ -20,6 +20,7 @@ from qc.ir.graph import Graph
 from qc.ir.node import Node
 from qc.ir.weights.weight import Weight
 from qc.passes.calibration.checkpoint import Checkpoint
+from qc.passes.calibration.coverage import Coverage
 from qc.passes.calibration.data import Encode, batched, read_sequences
 from qc.passes.calibration.fisher import Gradients, squared_gradients
 from qc.passes.calibration.generate import write_sequences
@@ -36,15 +37,6 @@ Report = Callable[[str, float], None]
 Known = Mapping[tuple[Node, Statistic], Any]
 Visit = Callable[[LinearGroup, Known], Mapping[Node, Weight]]
 """Group and its measurements -> the weights to store in place of its parameters."""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What is known of one stored weight: the tokens it saw, and the share of its output that the
-    error is (squares, on those tokens; None where it was not computed)."""
-
-    tokens: int
-    error: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,18 +178,20 @@ class Calibration:
         for number, (group, step) in enumerate(
             zip(groups, plan_steps([g.x] for g in groups), strict=True)
         ):
-            found = self.checkpoint.read(group.parameters) if self.checkpoint else None
+            kept = self.checkpoint
+            found = kept.read(group.parameters, self.coverage) if kept else None
             if found is None:
                 for earlier in waiting:
                     advance(earlier, {})
                 waiting.clear()
                 found = dict(visit(group, advance(step, {group.x: statistics})))
-                if self.checkpoint:
-                    self.checkpoint.write(group.parameters, found)
+                for weight in found.values():
+                    self.coverage.setdefault(weight.name, Coverage(self.tokens()))
+                if kept:
+                    kept.write(group.parameters, found, self.coverage)
             else:
                 waiting.append(step)
             for parameter, weight in found.items():
-                self.coverage.setdefault(weight.name, Coverage(self.tokens()))
                 if sequencing == "sequential":
                     walk.store(parameter, weight)
             stored |= found

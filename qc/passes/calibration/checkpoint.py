@@ -24,6 +24,7 @@ from qc.ir.ops import Parameter
 from qc.ir.types import DTYPE_NAMES, DTYPES_BY_NAME
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Weight
+from qc.passes.calibration.coverage import Coverage
 
 FINGERPRINT = "fingerprint.json"
 VERSION = 1
@@ -56,8 +57,10 @@ class Checkpoint:
             )
         return Checkpoint(place, self.resume)
 
-    def read(self, parameters: Sequence[Node]) -> dict[Node, Weight] | None:
-        """Return the weights of a group; None where it is not finished."""
+    def read(
+        self, parameters: Sequence[Node], coverage: dict[str, Coverage]
+    ) -> dict[Node, Weight] | None:
+        """Return the weights of a group, and note what they saw; None where it is not finished."""
         file = self.file(parameters)
         if not file.is_file():
             return None
@@ -72,17 +75,25 @@ class Checkpoint:
             )
             dtype = DTYPES_BY_NAME[facts["dtype"]]
             found[parameter] = Weight(facts["name"], shape, terms, dtype)
+            coverage[facts["name"]] = Coverage(facts["tokens"], facts["error"])
         return found
 
-    def write(self, parameters: Sequence[Node], weights: Mapping[Node, Weight]) -> None:
+    def write(
+        self,
+        parameters: Sequence[Node],
+        weights: Mapping[Node, Weight],
+        coverage: Mapping[str, Coverage],
+    ) -> None:
         """Keep the weights of a finished group."""
         about: list[dict[str, object]] = []
         arrays: dict[str, torch.Tensor] = {}
         for number, parameter in enumerate(parameters):
             weight = weights[parameter]
+            seen = coverage[weight.name]
             about.append({
                 "name": weight.name, "shape": list(weight.shape), "format": str(weight.format),
                 "dtype": DTYPE_NAMES[weight.dtype],
+                "tokens": seen.tokens, "error": seen.error,
             })  # fmt: skip
             arrays |= {f"{number}.{k}": a.contiguous() for k, a in weight.arrays().items()}
         text = json.dumps(about).encode()

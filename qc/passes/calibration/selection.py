@@ -52,9 +52,14 @@ def matches(graph: Graph, selector: str, linear: Node) -> bool:
         return True
     if selector == "head":
         return linear in graph.outputs
+    return names_path(selector, path)
+
+
+def names_path(selector: str, path: str) -> bool:
+    """Say whether a selector of paths names one: by a regular expression, whole, or in part."""
     if selector.startswith("re:"):
         return re.search(selector.removeprefix("re:"), path) is not None
-    return fnmatchcase(path, selector) or f".{path}.".find(f".{selector}.") >= 0
+    return fnmatchcase(path, selector) or f".{selector}." in f".{path}."
 
 
 def is_head(graph: Graph, linear: Node) -> bool:

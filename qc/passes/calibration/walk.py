@@ -13,7 +13,7 @@ from qc.ir.graph import Graph
 from qc.ir.meaning import bind_symbols, value_of
 from qc.ir.node import Node
 from qc.ir.ops import Parameter
-from qc.ir.threads import side_by_side
+from qc.ir.threads import return_free_memory, side_by_side
 from qc.ir.weights.weight import Weight
 from qc.passes.calibration.schedule import Step
 from qc.passes.calibration.statistics import Statistic, as_float
@@ -71,6 +71,7 @@ class Walk:
             lambda number: self.compute(step, number, shared, watch), range(len(self.batches))
         ):
             yield found
+        return_free_memory()
 
     def decoded(self, step: Step) -> dict[Node, Any]:
         """Return the values of the stored tensors that a step reads."""
@@ -125,6 +126,7 @@ def advance_both(
     for _, partial in side_by_side(compute, range(len(walk.batches))):
         for key, found in partial:
             sums[key] = key[1].merged(sums.get(key), found)
+    return_free_memory()
     return {key: key[1].finished(total) for key, total in sums.items()}
 
 

@@ -27,7 +27,7 @@ from qc.passes.calibration import (
     select_linears,
 )
 from qc.passes.calibration.checkpoint import digest_graph, digest_tensors
-from qc.passes.calibration.selection import is_head
+from qc.passes.calibration.selection import is_head, names_path, require_match
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.error_feedback import output_error
 from qc.passes.quantize.remainder import remainder, with_remainder
@@ -50,6 +50,7 @@ class StoreByData(Pass):
 
     `format` is as it is printed. `targets` and `ignore` are selectors; without `ignore` the head
     stays as it is. "sequential" lets each group see the errors of all groups before it.
+    `exceptions` are selectors and other formats: (("re:v_proj$", "int4·g64·zero"),).
     """
 
     requires: ClassVar[Stage] = CANONICAL
@@ -59,6 +60,7 @@ class StoreByData(Pass):
     targets: tuple[str, ...] = ("linears",)
     ignore: tuple[str, ...] | None = None
     sequencing: Sequencing = "sequential"
+    exceptions: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", str(parse_weights(self.format)))
@@ -79,6 +81,8 @@ class StoreByData(Pass):
     def linears(self, graph: Graph) -> list[Node]:
         """List the linears to store."""
         candidates = list(quantizable_linears(graph))
+        for selector, _ in self.exceptions:
+            require_match(graph, selector, candidates)
         if self.ignore is None:
             candidates = [each for each in candidates if not is_head(graph, each)]
         return select_linears(graph, self.targets, self.ignore or (), candidates)
@@ -89,7 +93,9 @@ class StoreByData(Pass):
 
     def planned_format(self, parameter: Node) -> WeightFormat:
         """Return the format that a parameter will have, as far as shapes tell."""
-        return self.weights
+        path = weight_of(parameter).name.removesuffix(".weight")
+        named = (format for selector, format in self.exceptions if names_path(selector, path))
+        return parse_weights(next(named, self.format))
 
     def refusals(self, graph: Graph) -> list[Refusal]:
         found = (refusal_of(p, self.planned_format(p)) for p in self.parameters(graph))
@@ -182,7 +188,9 @@ class StoreByData(Pass):
     def store(self, values: Tensor, prepared: Any, parameter: Node) -> tuple[Term, ...]:
         """Store float32 values [out, in]."""
         return fitted_in_turn(
-            values, self.weights, lambda term, left: self.store_term(term, left, prepared)
+            values,
+            self.planned_format(parameter),
+            lambda term, left: self.store_term(term, left, prepared),
         )
 
     def store_term(self, format: TermFormat, values: Tensor, prepared: Any) -> Term:

@@ -76,7 +76,7 @@ class SensitiveTables(StoreByData):
     ) -> dict[Node, Weight]:
         parameters = list(dict.fromkeys(linear.inputs[1] for linear in linears))
         kept = calibration.checkpoint
-        finished = {p: kept.read([p]) if kept else None for p in parameters}
+        finished = {p: kept.read([p], calibration.coverage) if kept else None for p in parameters}
         missing = [p for p in parameters if finished[p] is None]
         felt = calibration.gradients(graph, missing, self.samples)
         seen = sum(len(each) for each in calibration.sequences()[: self.samples])
@@ -95,7 +95,7 @@ class SensitiveTables(StoreByData):
             stored[parameter] = weight
             calibration.coverage[weight.name] = Coverage(seen)
             if kept is not None and finished[parameter] is None:
-                kept.write([parameter], {parameter: weight})
+                kept.write([parameter], {parameter: weight}, calibration.coverage)
             context.progress(f"store {weight.name}", len(stored) / len(parameters))
         return stored
 

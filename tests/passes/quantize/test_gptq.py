@@ -63,6 +63,18 @@ def test_the_head_stays_and_the_rest_is_stored() -> None:
         stored(graph, Gptq(FORMAT, targets=("re:attn.qkv",)))
 
 
+def test_exceptions_have_formats_of_their_own() -> None:
+    graph = canonical()
+    one = Gptq(FORMAT, exceptions=(("v_proj", "int5·g16·zero"), ("re:layers.1.*down", "int4·row")))
+    weights = stored(graph, one)
+    found = {name.removesuffix(".weight"): str(w.format) for name, w in weights.items()}
+    assert found["model.layers.0.self_attn.v_proj"] == "int5·g16·zero"
+    assert found["model.layers.1.mlp.down_proj"] == "int4·row"
+    assert found["model.layers.0.mlp.down_proj"] == FORMAT
+    with pytest.raises(RecipeError, match="'w_proj' matches none"):
+        Gptq(FORMAT, exceptions=(("w_proj", "int4·row"),)).preview(graph)
+
+
 def test_coverage_and_errors_are_reported() -> None:
     graph, data = canonical(), calibration()
     stored(graph, Gptq(FORMAT), data)
