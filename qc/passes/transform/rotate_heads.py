@@ -11,6 +11,7 @@ from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
+from qc.ir.threads import side_by_side
 from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import CANONICAL, Stage
 from qc.passes.transform.flow import is_open_linear, stored_values
@@ -42,6 +43,11 @@ class RotateHeads(Pass):
         return graph
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        ((_, turned),) = side_by_side(self.turned, [graph])  # one thread: the same bits everywhere
+        return turned
+
+    def turned(self, graph: Graph) -> Graph:
+        """Return the graph with the values of all heads in another basis."""
         replacements: dict[Node, Node] = {}
         for node in graph.nodes:
             if not isinstance(node.op, ops.Attention):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from qc.ir.graph import Graph
 from qc.ir.hadamard import factor_for, rotate
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
+from qc.ir.threads import side_by_side
 from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import CANONICAL, Stage
 from qc.passes.transform.flow import stored_values
@@ -88,19 +90,24 @@ def turned(graph: Graph, found: list[tuple[Stream, Map]]) -> Graph:
     replacements: dict[Node, Node] = {}
     for stream, turn in found:
         centred = any(isinstance(norm.op, ops.LayerNorm) for norm in stream.norms)
-        write = written(turn, centred)
-        for node in stream.writers | stream.readers:
-            # a linear may read one stream and write another, or the same
-            current = replacements.get(node, node)
-            if node in stream.readers:
-                current = read_by(current, turn)
-            if node in stream.writers:
-                current = written_by(current, write)
-            replacements[node] = current
+        changed = partial(in_basis, stream, turn, written(turn, centred), replacements)
+        nodes = sorted(stream.writers | stream.readers, key=graph.positions.__getitem__)
+        replacements |= dict(side_by_side(changed, nodes))
         for norm in stream.norms if centred else ():
             op = ops.RMSNorm(norm.op.eps) if isinstance(norm.op, ops.LayerNorm) else norm.op
             replacements[norm] = make(op, *norm.inputs[:2], origin=norm.origin.touched_by(NAME))
     return substitute(graph, replacements)
+
+
+def in_basis(
+    stream: Stream, turn: Map, write: Map, replacements: Mapping[Node, Node], node: Node
+) -> Node:
+    """Return a node that takes part in a turned stream. A linear may read one stream and write
+    another, or the same."""
+    current = replacements.get(node, node)
+    if node in stream.readers:
+        current = read_by(current, turn)
+    return written_by(current, write) if node in stream.writers else current
 
 
 def written(turn: Map, centred: bool) -> Map:
