@@ -6,56 +6,22 @@ a second run compares and computes nothing.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import measure, remembered
-from qc.compiler import trace
 from qc.passes.calibration import Calibration
-from qc.passes.pipeline import Pass, Pipeline
+from qc.passes.pipeline import Pipeline
 from qc.passes.quantize.adaptive_axis import AdaptiveAxis
 from qc.passes.quantize.column_codebooks import ColumnCodebooks
 from qc.passes.quantize.gptq import Gptq
-from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.quantize.sensitive_tables import SensitiveTables
 from qc.passes.quantize.spqr import Spqr
-from qc.passes.recipes.rounding import STORE_16
-from qc.stages import CanonicalModel
-from real_model import BUILD, CALIBRATION, MODEL
+from real_model import CALIBRATION
 from tests.needs import needs
+from tests.recipes.measured import model, perplexity, rtn
 
 pytestmark = [needs("model"), pytest.mark.slow]
-
-WINDOWS, SAMPLES = 32, 32
-
-
-@functools.cache
-def model() -> CanonicalModel:
-    return trace(MODEL).canonicalize()
-
-
-def result_of(one: Pass) -> dict[str, Any]:
-    """Return what is known of a pipeline with this pass; the head stays in 16 bits."""
-    passes = Pipeline((*STORE_16, one, RoundToNearest("f16")))
-    facts = {
-        "model": MODEL.name, "configuration": repr(passes), "samples": SAMPLES, "windows": WINDOWS,
-    }  # fmt: skip
-    calibration = Calibration(Path(CALIBRATION), SAMPLES, 512)
-    return remembered(
-        BUILD / "accuracy", facts, lambda: measure(model(), passes, calibration, WINDOWS)
-    )
-
-
-def perplexity(one: Pass) -> float:
-    found: float = result_of(one)["perplexity"]
-    return found
-
-
-def rtn(format: str) -> Pass:
-    return RoundToNearest(format, heads=False)
 
 
 def test_gptq_is_better_than_rounding_and_more_so_with_fewer_bits() -> None:

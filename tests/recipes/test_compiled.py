@@ -20,6 +20,12 @@ SIZES = {
     "squeezellm": {"bits": 3},
     "claq": {"bits": 2},
     "adadim": {"group_size": 8},
+    "awq": {"bits": 3, "group_size": 8},
+    "gwq": {"bits": 3, "group_size": 8},
+    "lorc": {"bits": 3, "group_size": 8},
+    "smoothquant_plus": {"group_size": 8},
+    "svdquant": {"group_size": 8},
+    "svdquant_a16": {"group_size": 8},
 }
 
 

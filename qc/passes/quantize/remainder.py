@@ -33,10 +33,11 @@ def is_decomposed(weight: Weight) -> bool:
 
 
 def is_unrounded(weight: Weight) -> bool:
-    """Say whether a weight is plain values of 16 bits or more, alone or beside what is stored
-    already. A product of factors, such as a branch of its own, is stored."""
+    """Say whether the first term of a weight is plain values of 16 bits or more. A product of
+    factors, such as a branch of its own, is stored already."""
     first = weight.terms[0]
-    return weight.bits_per_element >= 16 and first.format.structure(first.shape) is None
+    is_wide = first.bits >= 16 * weight.elements
+    return is_wide and first.format.structure(first.shape) is None
 
 
 def remainder(weight: Weight) -> Tensor:

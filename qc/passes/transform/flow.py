@@ -11,12 +11,12 @@ from torch import Tensor
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node
-from qc.passes.transform.linears import LEAST_BITS
+from qc.passes.quantize.remainder import is_unrounded
 
 
 def is_stored(node: Node) -> bool:
     """Say whether a node is a stored tensor of 16 bits or more, which may change."""
-    return isinstance(node.op, ops.Parameter) and node.op.weight.bits_per_element >= LEAST_BITS
+    return isinstance(node.op, ops.Parameter) and is_unrounded(node.op.weight)
 
 
 def is_open_linear(node: Node) -> bool:
