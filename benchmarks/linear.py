@@ -280,7 +280,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tvm.get_global_func("runtime.config_threadpool")(1, arguments.threads)
+    # TVM's thread pool reads its size once, when it starts; left alone, it takes half of all CPUs.
+    os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
     machine = f"{platform.machine()} {host_cpu()}, {arguments.threads} threads"
     if not arguments.json:
         print(f"{machine}; fastest (median)")

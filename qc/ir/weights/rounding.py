@@ -26,6 +26,9 @@ class Rounding(ABC):
     group: int
     """Consecutive columns that are fitted together."""
 
+    levels: int = 0
+    """The values of a grid of even steps; 0 where there is none."""
+
     @abstractmethod
     def fit(self, first: int, values: Tensor, importance: Tensor) -> None:
         """Choose what the columns from `first` on share, from their values [columns, out]; errors

@@ -61,14 +61,14 @@ def without_outliers(values: Tensor, outliers: Tensor) -> Tensor:
 
 
 def spqr(
-    values: Tensor, curvature: Curvature, rounding: Rounding, top: int, tau: float, search: bool
+    values: Tensor, curvature: Curvature, rounding: Rounding, tau: float, search: bool
 ) -> tuple[Term, Tensor, Tensor]:
     """Store a matrix [out, in] but its outliers; return the term, the outliers' places [out, in]
     and the values that the matrix has in all."""
     columns = values.T.contiguous()
     threshold = outlier_threshold(columns, curvature, tau)
     chosen = torch.zeros(columns.shape, dtype=torch.bool)
-    diagonal = curvature.factor.diagonal()
+    diagonal, top = curvature.factor.diagonal(), rounding.levels - 1
 
     def entering(column: int, seen: Tensor, steps: Tensor) -> Tensor:
         if not search:
@@ -118,7 +118,8 @@ class Spqr(StoreByData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.weights.terms) != 1 or self.weights.terms[0].rounding((64, 64)) is None:
+        rounding = self.weights.terms[0].rounding((64, 64))
+        if len(self.weights.terms) != 1 or rounding is None or not rounding.levels:
             raise FormatError(f"SpQR stores one term of integer codes in groups, not {self.format}")
 
     def preview(self, graph: Graph) -> Graph | None:
@@ -128,8 +129,6 @@ class Spqr(StoreByData):
         return prepare(hessian, self.damping, sort=False, name=name)
 
     def store(self, values: Tensor, prepared: Curvature, parameter: Node) -> tuple[Term, ...]:
-        format = self.weights.terms[0]
-        rounding = format.rounding((values.shape[0], values.shape[1]))
+        rounding = self.weights.terms[0].rounding((values.shape[0], values.shape[1]))
         assert rounding is not None
-        top = (1 << getattr(format, "bits_per_code", 3)) - 1
-        return outlier_terms(*spqr(values, prepared, rounding, top, self.tau, self.search))
+        return outlier_terms(*spqr(values, prepared, rounding, self.tau, self.search))

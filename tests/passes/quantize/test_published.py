@@ -44,7 +44,7 @@ def run_spqr(values: Tensor, tau: float, search: bool = True) -> tuple[tuple[Ter
     curvature = prepare(hessian(values.shape[1]), 1.0, sort=False)
     rounding = parse_term(SPQR).rounding((values.shape[0], values.shape[1]))
     assert rounding is not None
-    dense, chosen, wanted = spqr(values, curvature, rounding, 7, tau, search)
+    dense, chosen, wanted = spqr(values, curvature, rounding, tau, search)
     return outlier_terms(dense, chosen, wanted), chosen
 
 

@@ -37,6 +37,7 @@ from qc.backends.tvm.linear.structures import chain_term, selected_term
 from qc.backends.tvm.linear.term import Place, TermKernel, TermRule
 from qc.backends.tvm.linear.vectors import float_lanes
 from qc.backends.tvm.linear.windows import windows_term
+from qc.backends.tvm.linear.word_tables import word_tables_term
 from qc.ir.node import Node
 from qc.ir.weights.weight import WeightFormat
 
@@ -52,6 +53,7 @@ FAST_RULES: tuple[TermRule, ...] = (
     bit_factors_term,
     coded_term,
     row_tables_term,
+    word_tables_term,
     windows_term,
     decoded_term,
 )
