@@ -24,8 +24,9 @@ import tvm
 from rich.progress import track
 
 from benchmarks.linear import read_function
+from qc.backends.region import RESULT, ArrayArgument, region_of
 from qc.backends.tvm.build import llvm_target
-from qc.backends.tvm.kernel import RESULT, ArrayArgument, Kernel, region_of
+from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.ir import ops
 from qc.ir.fused import fuse
@@ -45,7 +46,8 @@ FORMATS = (
     "int3·g16·min·scale(int3·o16·min)·minimum(int3·o16·min)",
     "fp4", "nf4·g64", "mxfp4", "nvfp4", "fp6", "fp8", "lookup4·row", "lookup4·tensor",
     "lookup6·tensor", "lookup8·tensor", "codebook2x8·d8", "codebook1x8·d2", "codebook1x12·d8",
-    "trellis2·w10", "trellis4·w8", "trellis1.5·d2·w9", "planes1·g128", "planes2·g128", "planes3·g128",
+    "trellis2·w10", "trellis4·w8", "trellis1.5·d2·w9", "planes1·g128", "planes2·g128",
+    "planes3·g128",
     "signs2·g128", "trits2·g128", "ternary·g128", "ternary2bit·g128", "bitstack2·rank4",
     "kept50%·g16(int4·row)", "columns20%(int4·row·zero)", "sparse5%", "rank64", "train2·bond16",
     "int4·g128·min + rank16 + sparse0.5%", "int3·g128·min + rank16 + sparse0.5%",

@@ -25,8 +25,9 @@ from torch import Tensor
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from qc.backends.region import RESULT, ArrayArgument, region_of
 from qc.backends.tvm.build import llvm_target
-from qc.backends.tvm.kernel import RESULT, ArrayArgument, Kernel, region_of
+from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear import linear_rules
 from qc.backends.tvm.linear.vectors import span, splat
 from qc.ir import ops

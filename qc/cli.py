@@ -1,4 +1,4 @@
-"""The `qc` command: check, compile, explain, run, eval, inspect."""
+"""The `qc` command: check, compile, explain, run, eval, verify, inspect."""
 
 from __future__ import annotations
 
@@ -96,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--windows", type=int, default=64, help="at most so many (default: 64)")
     one.add_argument("--quiet", action="store_true", help="no progress")
     one.set_defaults(command=eval_command)
+
+    one = commands.add_parser("verify", help="run every kernel of a GPU artifact on known inputs")
+    one.add_argument("artifact", metavar="DIR")
+    one.add_argument("--json", action="store_true", help="print the checks as JSON")
+    one.set_defaults(command=verify_command)
 
     one = commands.add_parser("inspect", help="the report, the plan, a stage's IR, a kernel")
     one.add_argument("artifact", metavar="DIR")
@@ -281,6 +286,15 @@ def read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"cannot read {path}: {reason}") from None
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    """`qc verify DIR`"""
+    from qc.runtime import load
+
+    found = load(options.artifact, verify=True).verify()
+    print(json.dumps(found.to_dict(), ensure_ascii=False) if options.json else found)
+    return 1 if found.wrong else 0
 
 
 def inspect_command(options: argparse.Namespace) -> None:

@@ -241,6 +241,10 @@ class PlannedModel:
             from qc.backends.torch.artifact import write_torch_artifact
 
             write_torch_artifact(self.graph, facts, place, progress)
+        elif self.target.gpu is not None:
+            from qc.backends.triton.artifact import write_gpu_artifact  # loads Triton
+
+            write_gpu_artifact(self.graph, self.target, facts, place, progress)
         else:
             from qc.backends.tvm.artifact import write_native_artifact  # loads TVM
 

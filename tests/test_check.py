@@ -275,3 +275,15 @@ def test_the_command_fails_where_something_is_refused(
     assert not content["accepted"]
     assert content["refusals"][0]["instead"] == "int3·g64 + rank56"
     assert isinstance(CheckReport("", "cpu", 1).to_dict(), dict)
+
+
+def test_a_gpu_has_its_own_kernels_and_predictions(canonical: CanonicalModel) -> None:
+    report = canonical.check("cuda:sm_80+sm_90", "w4a16")
+    assert report.accepted
+    assert all("reference" not in name for row in report.rows for name in row.kernel)
+    assert all(row.speedups[1] > 2 for row in report.rows)  # bytes decide for one row
+    assert all(row.speedups[128] <= row.speedups[1] for row in report.rows)
+    one = canonical.check("cuda:sm_90", "w4a16").cost
+    assert one is not None
+    assert report.cost is not None
+    assert report.cost.kernels > one.kernels  # each architecture is compiled for

@@ -47,8 +47,8 @@ Offset = Literal["symmetric", "zero", "minimum", "none"]
 
 WORDS = {"symmetric": "", "zero": "·zero", "minimum": "·min", "none": ""}
 
-ROWS_AT_ONCE = 4096
-"""Rows whose codes are computed together: bounds the float32 copies of wide matrices."""
+AT_ONCE = 1 << 18
+"""Weights whose codes are computed together: their float32 copies fit a cache."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class GroupedFormat(TermFormat):
     def bands(self, values: Tensor) -> list[tuple[Tensor, slice]]:
         """Cut a matrix into bands of whole tiles; the slice is the band's rows of tiles."""
         rows = self.tile.size(tuple(values.shape))[0]
-        tiles = max(1, ROWS_AT_ONCE // rows)
+        tiles = max(1, AT_ONCE // max(1, rows * values.shape[1]))
         return [
             (band, slice(number * tiles, (number + 1) * tiles))
             for number, band in enumerate(values.split(tiles * rows))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from qc.errors import FormatError, ModelError
@@ -15,10 +15,12 @@ from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
 from qc.ir.threads import side_by_side
+from qc.ir.weights.mapped import Aside
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.rounding import Ranges
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass, Refusal
+from qc.passes.quantize.finite import count_unfinite
 from qc.passes.quantize.nearby import nearest_accepted
 from qc.passes.quantize.remainder import (
     is_unrounded,
@@ -79,6 +81,10 @@ def as_weight_format(format: WeightFormat | TermFormat | str) -> WeightFormat:
     return WeightFormat((format,)) if isinstance(format, TermFormat) else format
 
 
+IN_MEMORY = 1 << 29
+"""Bytes of quantized weights that stay in memory; what comes after them waits in a file."""
+
+
 @dataclass(frozen=True)
 class RoundToNearest(Pass):
     """Store the weight of every linear in a format without looking at data.
@@ -137,8 +143,9 @@ class RoundToNearest(Pass):
         parameters = self.parameters(graph)
         for parameter in parameters:
             self.planned(parameter)  # what cannot be stored is refused before any work
+        aside = Aside(IN_MEMORY)
         quantized: dict[Node, Node] = {}
-        for parameter, stored in side_by_side(self.quantize, parameters):
+        for parameter, stored in side_by_side(partial(self.quantize, aside=aside), parameters):
             quantized[parameter] = stored
             name = parameter_name(parameter)
             context.progress(f"quantize {name}", len(quantized) / len(parameters))
@@ -161,15 +168,16 @@ class RoundToNearest(Pass):
         """Return the parameter without values, in the format."""
         return planned_in(parameter, self.format)
 
-    def quantize(self, parameter: Node) -> Node:
-        """Return the parameter with its values rounded."""
+    def quantize(self, parameter: Node, aside: Aside) -> Node:
+        """Return the parameter with its values rounded, kept in memory or put aside."""
         assert isinstance(parameter.op, ops.Parameter)
         weight = parameter.op.weight
         values = remainder(weight)
         require_finite(values, weight)
         terms = round_to_nearest(values, self.format, self.ranges)
         require_storable(terms, weight)
-        return make(ops.Parameter(with_remainder(weight, terms)), origin=parameter.origin)
+        stored = aside.place(with_remainder(weight, terms))
+        return make(ops.Parameter(stored), origin=parameter.origin)
 
 
 def planned_in(parameter: Node, format: WeightFormat) -> Node:
@@ -213,7 +221,7 @@ def refusal_of(parameter: Node, format: WeightFormat) -> Refusal | None:
 
 def require_finite(values: Tensor, weight: Weight) -> None:
     """Refuse NaN and infinities, which no grid holds."""
-    wrong = values.numel() - int(torch.isfinite(values).sum())
+    wrong = count_unfinite(values)
     if wrong:
         raise ModelError(
             f"weight {weight.name!r} holds {wrong} values that are NaN or infinite, "
@@ -225,7 +233,7 @@ def require_storable(terms: tuple[Term, ...], weight: Weight) -> None:
     """Refuse weights so large that a scale or a minimum overflows where it is stored."""
     for term in terms:
         floats = (array for array in term.arrays().values() if array.is_floating_point())
-        if not all(bool(torch.isfinite(array).all()) for array in floats):
+        if any(count_unfinite(array) for array in floats):
             raise ModelError(
                 f"weight {weight.name!r} reaches {float(weight.dense().abs().max()):.3g}, which "
                 f"the scales of {term.format} cannot hold"

@@ -24,7 +24,6 @@ from tvm.tirx.script import builder as T
 from qc.backends.tvm.linear.along_inputs import AlongInputs, factor_layouts, prefetch_codes
 from qc.backends.tvm.linear.bit_serial_reader import shuffled
 from qc.backends.tvm.linear.code_products import factors_of, product
-from qc.backends.tvm.linear.forms import is_float
 from qc.backends.tvm.linear.plan import ArrayLayout
 from qc.backends.tvm.linear.skeleton import Signature
 from qc.backends.tvm.linear.stored import laid_out
@@ -45,6 +44,7 @@ from qc.ir.weights.expression import (
     substitute_indices,
     walk,
 )
+from qc.ir.weights.factored import is_float
 from qc.ir.weights.weight import ArraySpec
 
 VECTOR, WINDOW = Index("vector"), Index("window")
