@@ -55,6 +55,10 @@ def fitted_in_turn(
     return tuple(fitted[i] for i in range(len(order)))
 
 
+IN_MEMORY = 1 << 29
+"""Bytes of quantized weights that stay in memory; what comes after them waits in a file."""
+
+
 def nearest_term_of(format: TermFormat, values: Tensor, ranges: Ranges) -> Term:
     """Store a matrix in one term, on grids over the extremes or of the least squared error."""
     shape = (values.shape[0], values.shape[1])
@@ -79,10 +83,6 @@ def as_weight_format(format: WeightFormat | TermFormat | str) -> WeightFormat:
     if isinstance(format, str):
         return parse_weights(format)
     return WeightFormat((format,)) if isinstance(format, TermFormat) else format
-
-
-IN_MEMORY = 1 << 29
-"""Bytes of quantized weights that stay in memory; what comes after them waits in a file."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,9 @@ class RoundToNearest(Pass):
         require_finite(values, weight)
         terms = round_to_nearest(values, self.format, self.ranges)
         require_storable(terms, weight)
-        stored = aside.place(with_remainder(weight, terms))
-        return make(ops.Parameter(stored), origin=parameter.origin)
+        return make(
+            ops.Parameter(aside.place(with_remainder(weight, terms))), origin=parameter.origin
+        )
 
 
 def planned_in(parameter: Node, format: WeightFormat) -> Node:
