@@ -41,7 +41,7 @@ from qc.ir.types import (
     dim_symbols,
     symbol,
 )
-from qc.ir.weights.weight import ArraySpec
+from qc.ir.weights.weight import ArraySpec, Weight
 from qc.runtime.expression import parse_expression
 from qc.runtime.manifest import KernelStep, Scalar, Step, TorchStep, Value, ValueArg
 
@@ -276,6 +276,10 @@ class Lowering:
         if repack is None:
             return self.stored(operand, name, lambda: weight.arrays()[argument.array])
         alike = (str(weight.format), weight.shape, name)
+        if alike not in self.specs:
+            planned = planned_spec(repack, weight)
+            if planned is not None:
+                self.specs[alike] = planned
         return self.stored(operand, name, lambda: repack(weight), alike)
 
     def stored(
@@ -287,8 +291,8 @@ class Lowering:
     ) -> int:
         """Add a stored array of a parameter, once.
 
-        It is computed when it is written. Only its shape and dtype are needed now: those of the
-        first array that was `alike` serve for all others.
+        It is computed when it is written. Only its shape and dtype are needed now: what is known of
+        arrays that are `alike`, or else those of this one.
         """
         place = self.places.setdefault(parameter, {})
         if array not in place:
@@ -372,6 +376,18 @@ class Lowering:
         copied = fuse("copy", copy, frozenset({copy}))
         self.place(copied)
         return self.places[copied]["values"]
+
+
+def planned_spec(repack: Callable[[Weight], Tensor], weight: Weight) -> ArraySpec | None:
+    """Return what `repack` makes of a weight of this format, without values; None where it reads
+    values."""
+    planned = weight.format.planned(weight.name, weight.shape, weight.dtype)
+    try:
+        with torch.device("meta"):  # where the tables that repacking makes lie, too
+            array = repack(planned)
+    except (RuntimeError, NotImplementedError):  # what torch raises where values are read
+        return None
+    return ArraySpec(tuple(array.shape), array.dtype) if array.is_meta else None
 
 
 def given_once(array: Tensor) -> Callable[[], Tensor]:
