@@ -1,90 +1,121 @@
-"""Compile the real model, compare it with OpenVINO, write JSON and a table.
+"""Compile a model, measure it beside its peers in turn, write JSON, a table and a picture.
 
-python -m benchmarks MODEL_FOLDER TEXT_FILE [OUTPUT.json]
+    python -m benchmarks MODEL_FOLDER TEXT_FILE [--only decode,prefill] [--peers openvino]
+                         [--recipes w4,w3] [--rounds 7] [--threads 2] [--output build/bench]
+                         [--fresh]
+
+What a part has measured is written at once, and is not measured again by a later run with the same
+output unless --fresh is given. Parts and peers are chosen by name.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import qc
-from benchmarks.generation import OpenVino, compare_generation
-from benchmarks.peers import openvino_model, openvino_python
-from qc.evaluation import evaluate_windows, windows_of
+from benchmarks.parts import PARTS, Setting
+from benchmarks.peers import PEER_MAKERS, Contender, prepare
+from benchmarks.table import draw, markdown
 
-ARTIFACT = Path("build/bench.qc")
-FIRST_TOKEN = """
-import time; start = time.perf_counter()
-import sys, qc
-artifact = qc.load(sys.argv[1])
-next(artifact.stream_text("The history of", 1))
-print(time.perf_counter() - start)
-"""
+ARTIFACTS = Path("build/bench-artifacts")
 
 
-def main(folder: str, text_file: str, output: str = "build/bench.json") -> None:
-    """Measure everything; what is known is written after every part."""
-    results: dict[str, Any] = {"threads": len(os.sched_getaffinity(0))}
+def main(arguments: list[str]) -> None:
+    """Measure what is asked for."""
+    asked = parse(arguments)
+    results_file = Path(f"{asked.output}.json")
+    results_file.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    if results_file.exists() and not asked.fresh:
+        results = json.loads(results_file.read_text())
 
-    def add(**found: Any) -> None:
+    def keep(**found: Any) -> None:
         results.update(found)
-        Path(output).write_text(json.dumps(results, indent=1))
-        print(json.dumps(found, indent=1), flush=True)
+        results_file.write_text(json.dumps(results, indent=1))
 
-    python, converted = openvino_python(), openvino_model(Path(folder))
-    start = time.perf_counter()
-    artifact = qc.compile(folder, "cpu-w4", output=ARTIFACT)
-    add(compile_seconds=time.perf_counter() - start)
-    add(load_to_first_token_seconds=load_to_first_token())
-    add(
-        summary=artifact.report().to_dict()["summary"],
-        qc_bytes=sum(entry.bytes for entry in artifact.manifest.files.values()),
-        openvino_bytes=sum(f.stat().st_size for f in converted.glob("openvino_model.*")),
+    contenders: dict[str, Contender] = {}
+    for recipe in asked.recipes:
+        contenders[f"qc {recipe}"] = compiled(asked.model, recipe, asked.fresh)
+    left_out = {}
+    for name, peer in prepare(asked.model, asked.peers):
+        if isinstance(peer, str):
+            left_out[name] = peer
+            say(f"{name} is left out: {peer}")
+        else:
+            contenders[peer.name] = peer
+    keep(model=str(asked.model), command=" ".join(arguments), left_out=left_out)
+    setting = Setting(
+        asked.model,
+        asked.text.read_text(encoding="utf-8"),
+        contenders,
+        f"qc {asked.recipes[0]}",
+        asked.threads,
+        asked.rounds,
+        f"cpu-{asked.recipes[0]}",
     )
-    peer = OpenVino(python, converted, results["threads"])
-    add(generation=compare_generation(artifact, peer).to_dict())
-    peer.close()
-    add(accuracy=accuracy(folder, artifact, text_file))
+    for number, part in enumerate(asked.only, 1):
+        if part in results and not asked.fresh:
+            say(f"[{number}/{len(asked.only)}] {part}: measured before")
+            continue
+        say(f"[{number}/{len(asked.only)}] {part} ...")
+        start = time.perf_counter()
+        found = PARTS[part](setting)
+        keep(**{part: {**found, "rounds": asked.rounds, "load_average": os.getloadavg()[0]}})
+        say(f"[{number}/{len(asked.only)}] {part}: {time.perf_counter() - start:.0f} s")
+        Path(f"{asked.output}.md").write_text(markdown(results), encoding="utf-8")
+    print(markdown(results))
+    draw(results_file, Path(f"{asked.output}.png"))
 
 
-def load_to_first_token() -> float:
-    """Time a fresh process from its first line to the first piece of text; best of three."""
-    command = [sys.executable, "-c", FIRST_TOKEN, str(ARTIFACT)]
-    runs = (subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3))
-    return min(float(run.stdout) for run in runs)
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--only", type=names(PARTS), default=tuple(PARTS))
+    parser.add_argument("--peers", type=names(PEER_MAKERS), default=tuple(PEER_MAKERS))
+    parser.add_argument("--recipes", type=lambda text: tuple(text.split(",")), default=("w4",))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--output", type=Path, default=Path("build/bench"))
+    parser.add_argument("--fresh", action="store_true")
+    return parser.parse_args(arguments)
 
 
-def accuracy(folder: str, artifact: qc.Artifact, text_file: str) -> dict[str, Any]:
-    """Perplexity and divergence over 64 windows of 512 tokens, for w4, w4a16 and float."""
-    import numpy as np
-    import torch
+def names(known: dict[str, Any]) -> Any:
+    """Return what reads a list of known names."""
 
-    text = Path(text_file).read_text(encoding="utf-8")
-    windows = windows_of(artifact.text.encode(text, special_tokens=False), 512, 64)
-    original = qc.trace(folder).quantize("f32")
+    def read(text: str) -> tuple[str, ...]:
+        found = tuple(filter(None, text.split(",")))
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return found
 
-    def reference(ids: np.ndarray) -> np.ndarray:
-        return original(input_ids=torch.from_numpy(ids))["logits"].numpy()
+    return read
 
-    w4 = evaluate_windows(artifact, windows, reference)
-    w4a16 = evaluate_windows(qc.compile(folder, "cpu-w4a16"), windows)
-    return {
-        "tokens": w4.tokens,
-        "perplexity": {
-            "float": w4.reference_perplexity,
-            "w4": w4.perplexity,
-            "w4a16": w4a16.perplexity,
-        },
-        "w4_divergence": w4.divergence,
-        "w4_agreement": w4.agreement,
-    }
+
+def compiled(model: Path, recipe: str, fresh: bool) -> Contender:
+    """Compile the model, unless that was done before."""
+    place = ARTIFACTS / f"{model.name}-{recipe}.qc"
+    if fresh or not place.exists():
+        say(f"compiling {model} as {recipe} ...")
+        qc.compile(model, f"cpu-{recipe}", output=place)
+    stored = tuple(place / name for name in ("weights.safetensors", "model.so", "manifest.json"))
+    return Contender(f"qc {recipe}", Path(sys.executable), "qc", place, stored)
+
+
+def say(text: str) -> None:
+    """Show progress."""
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

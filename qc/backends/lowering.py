@@ -33,7 +33,7 @@ from qc.ir.types import (
     dim_symbols,
     symbol,
 )
-from qc.ir.weights.weight import ArraySpec
+from qc.ir.weights.weight import ArraySpec, Weight
 from qc.runtime.expression import parse_expression
 from qc.runtime.manifest import KernelStep, Scalar, Step, Value, ValueArg
 
@@ -274,6 +274,10 @@ class Lowering(ABC, Generic[Found, Code]):
         if repack is None:
             return self.stored(operand, name, lambda: weight.arrays()[argument.array])
         alike = (str(weight.format), weight.shape, name)
+        if alike not in self.specs:
+            planned = planned_spec(repack, weight)
+            if planned is not None:
+                self.specs[alike] = planned
         return self.stored(operand, name, lambda: repack(weight), alike)
 
     def stored(
@@ -285,8 +289,8 @@ class Lowering(ABC, Generic[Found, Code]):
     ) -> int:
         """Add a stored array of a parameter, once.
 
-        It is computed when it is written. Only its shape and dtype are needed now: those of the
-        first array that was `alike` serve for all others.
+        It is computed when it is written. Only its shape and dtype are needed now: what is known of
+        arrays that are `alike`, or else those of this one.
         """
         place = self.places.setdefault(parameter, {})
         if array not in place:
@@ -348,6 +352,18 @@ def single_nodes(node: Node) -> list[Node]:
         if not isinstance(part.op, ops.Scalar | ops.Reshape):
             parts.append(fuse(part.op.name, outer, frozenset({outer})))
     return parts
+
+
+def planned_spec(repack: Callable[[Weight], Tensor], weight: Weight) -> ArraySpec | None:
+    """Return what `repack` makes of a weight of this format, without values; None where it reads
+    values."""
+    planned = weight.format.planned(weight.name, weight.shape, weight.dtype)
+    try:
+        with torch.device("meta"):  # where the tables that repacking makes lie, too
+            array = repack(planned)
+    except (RuntimeError, NotImplementedError):  # what torch raises where values are read
+        return None
+    return ArraySpec(tuple(array.shape), array.dtype) if array.is_meta else None
 
 
 def given_once(array: Tensor) -> Callable[[], Tensor]:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from qc.errors import ModelError
+from qc.ir.weights.mapped import MappedTensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -57,14 +58,43 @@ def sharded_files(folder: Path) -> list[Path]:
     return files
 
 
-def map_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """Map all tensors of safetensors files into memory; nothing is read yet."""
-    tensors: dict[str, Tensor] = {}
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Element types by their names in safetensors headers."""
+
+
+def map_tensors(files: list[Path]) -> dict[str, MappedTensor]:
+    """Find all tensors of safetensors files; nothing is read yet."""
+    tensors: dict[str, MappedTensor] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as opened:
-                names = opened.keys()
-                tensors.update((name, opened.get_tensor(name)) for name in names)
+                opened.keys()  # the library checks the whole header when it opens the file
+            tensors |= places_in(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{path} is no intact safetensors file: {error}") from error
     return tensors
+
+
+def places_in(path: Path) -> dict[str, MappedTensor]:
+    """Return where the tensors of an intact file lie."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as a tensor refers to it
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    unknown = {record["dtype"] for record in header.values()} - TYPES.keys()
+    if unknown:
+        raise ModelError(f"{path} holds tensors of {min(unknown)}, which qc does not read")
+    return {
+        name: MappedTensor(
+            file,
+            8 + length + record["data_offsets"][0],
+            tuple(record["shape"]),
+            TYPES[record["dtype"]],
+        )
+        for name, record in header.items()
+    }

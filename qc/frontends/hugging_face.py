@@ -15,13 +15,14 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qc.errors import ModelError, UnsupportedError, nearest
 from qc.frontends.captured import Captured, describe
 from qc.frontends.checkpoint import map_tensors, read_json, weight_files
-from qc.frontends.torch_export import capture, named_tensors
+from qc.frontends.torch_export import Stored, capture, named_tensors
+from qc.ir.weights.mapped import MappedTensor
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")
 
@@ -149,30 +150,31 @@ def quiet() -> Iterator[None]:
 # ---------------------------------------------------------------- the weights
 
 
-def match_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def match_names(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, Stored] | None:
     """Return the stored tensor of each parameter, by every name of it; None where names or
     shapes do not match one to one, so that transformers has to translate."""
     aliases: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         aliases.setdefault(id(parameter), []).append(name)
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, Stored] = {}
     for names in aliases.values():
         found = next((tensors[name] for name in names if name in tensors), None)
-        if found is None or found.shape != parameters[names[0]].shape:
+        if found is None or tuple(found.shape) != tuple(parameters[names[0]].shape):
             return None
-        if not found.is_floating_point():
+        if not found.dtype.is_floating_point:
             return None
         stored.update(dict.fromkeys(names, found))
     return stored
 
 
-def fill_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def fill_buffers(model: nn.Module, tensors: Mapping[str, MappedTensor]) -> None:
     """Copy the buffers that the checkpoint holds."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, buffer in named_tensors(model).items():
-        if name in tensors and name not in parameters and tensors[name].shape == buffer.shape:
-            buffer.copy_(tensors[name])
+        found = tensors.get(name)
+        if found is not None and name not in parameters and found.shape == tuple(buffer.shape):
+            buffer.copy_(found.open())
 
 
 def load(folder: Path, architecture: Any) -> Any:

@@ -19,13 +19,18 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from qc.errors import ModelError, UnsupportedError
+from qc.frontends.repeated import Repeats, body_of, is_mark, is_repeat, repeating
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, Origin, make
 from qc.ir.types import DTYPE_NAMES, TensorType, TupleType, ValueType, as_dim, symbol
 from qc.ir.types import Dim as Dimension
-from qc.ir.weights.dense import dense_term
+from qc.ir.weights.dense import dense_in_file, dense_term
+from qc.ir.weights.mapped import MappedTensor, memory_of
 from qc.ir.weights.weight import Weight
+
+Stored = Tensor | MappedTensor
+"""What a parameter is stored as: values in memory, or a place in a file."""
 
 EXAMPLE_BATCH, EXAMPLE_SEQ = 2, 12
 """Sizes of example inputs; torch.export takes sizes 0 and 1 for constants."""
@@ -34,7 +39,7 @@ EXAMPLE_BATCH, EXAMPLE_SEQ = 2, 12
 def capture(
     model: nn.Module,
     example: Sequence[Any] | Mapping[str, Any] | None = None,
-    stored: Mapping[str, Tensor] | None = None,
+    stored: Mapping[str, Stored] | None = None,
 ) -> Graph:
     """Capture the forward pass of `model` in evaluation mode and float32.
 
@@ -44,9 +49,9 @@ def capture(
     """
     args, kwargs = example_arguments(model, example)
     with evaluation_mode(model), float32_parameters(model) as originals:
-        program = export(model, args, kwargs)
-        tensors = {**program.constants, **program.state_dict}
-        graph = Translation(program, {**tensors, **originals, **(stored or {})}).graph()
+        program, repeats = export(model, args, kwargs)
+        tensors = {**program.constants, **program.state_dict, **originals, **(stored or {})}
+        graph = Translation(program, tensors, repeats).graph()
     if example is None:
         require_variable_sizes(graph, model)
     return graph
@@ -169,14 +174,31 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """Export with dynamic batch and sequence, without in-place operations."""
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ExportedProgram, Repeats]:
+    """Export with dynamic batch and sequence, without in-place operations; equal layers are traced
+    once where that is possible."""
+    with repeating(model) as repeats:
+        if repeats.groups:
+            try:
+                program = trace(model, args, kwargs)
+            except ModelError:
+                pass  # a layer needs its number, or the model is wrong: the whole trace says which
+            else:
+                if not mutates(program):
+                    return program, repeats
+    program = trace(model, args, kwargs)
+    return (program.run_decompositions({}) if mutates(program) else program), Repeats()
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Run torch.export; ModelError where it fails."""
     shapes = {**named_arguments(model, args), **kwargs}
     dynamic = {name: dynamic_axes(value) for name, value in shapes.items()}
     try:
         with torch.no_grad(), lean_tracing():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
-            return functional(program)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises whatever the model's code raises
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ModelError(f"torch.export cannot capture {type(model).__name__}: {first}") from error
@@ -201,18 +223,17 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def functional(program: ExportedProgram) -> ExportedProgram:
-    """Replace in-place operations (x.add_(y)) by plain ones, where there are any."""
+def mutates(program: ExportedProgram) -> bool:
+    """Say whether a program has in-place operations (x.add_(y))."""
     called = (
         node.target
         for module in program.graph_module.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
     )
-    mutating = any(
+    return any(
         isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in called
     )
-    return program.run_decompositions({}) if mutating else program
 
 
 # ---------------------------------------------------------------- FX -> IR
@@ -221,10 +242,13 @@ def functional(program: ExportedProgram) -> ExportedProgram:
 @dataclass(eq=False)
 class Translation:
     """The translation of one exported program; `env` holds the value of each FX node, which is
-    an IR node, a dimension, or a tuple of these."""
+    an IR node, a dimension, or a tuple of these. `layer` is the (group, layer) that repeats the
+    first of its group at the moment."""
 
     program: ExportedProgram
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Stored]
+    repeats: Repeats = field(default_factory=Repeats)
+    layer: tuple[int, int] | None = None
     symbols: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
     parameters: dict[tuple[object, ...], Node] = field(default_factory=dict)
     inputs: list[Node] = field(default_factory=list)
@@ -271,11 +295,12 @@ class Translation:
 
     def parameter(self, name: str, dtype: torch.dtype) -> Node:
         """Store a tensor under its name; tied tensors are one node."""
-        tensor = self.tensors[name].detach()
-        storage = (tensor.untyped_storage()._cdata, tensor.storage_offset())
-        key = (*storage, tuple(tensor.shape), tensor.stride(), tensor.dtype, dtype)
+        tensor = self.tensors[name]
+        key = (*memory_of(tensor), dtype)
         if key not in self.parameters:
-            weight = Weight(name, tuple(tensor.shape), (dense_term(tensor),), dtype)
+            term = dense_in_file(tensor) if isinstance(tensor, MappedTensor) else dense_term(
+                tensor.detach())  # fmt: skip
+            weight = Weight(name, tuple(tensor.shape), (term,), dtype)
             self.parameters[key] = make(ops.Parameter(weight), origin=Origin())
         return self.parameters[key]
 
@@ -300,7 +325,11 @@ class Translation:
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """Translate one call."""
-        target, origin = node.target, Origin(module_path(node))
+        if is_mark(node):
+            return tuple(env[value] for value in cast(list[fx.Node], node.args[1]))
+        if is_repeat(node):
+            return self.repeat(node, env)
+        target, origin = node.target, Origin(self.name(module_path(node)))
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self.inline(node, env, origin)
         if target is operator.getitem:
@@ -324,6 +353,31 @@ class Translation:
         kwargs = {k: self.template(a, env, operands) for k, a in node.kwargs.items()}
         op = ops.Torch(str(target), args, portable(kwargs), self.value_type(value, origin))
         return make(op, *operands, origin=origin)
+
+    def name(self, name: str) -> str:
+        """Return the name of a module or tensor in the layer that repeats another one."""
+        return name if self.layer is None else self.repeats.name_in(*self.layer, name)
+
+    def repeat(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """Translate the calls of the first layer of a group again, for another one."""
+        group, layer, values = cast(tuple[int, int, list[fx.Node]], node.args)
+        module = self.program.graph_module
+        enter, body, leave = body_of(module, group)
+        specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        self.layer = (group, layer)
+        inner = {**env, enter: tuple(env[value] for value in values)}
+        for held in module.graph.nodes:
+            spec = specs.get(held.name) if held.op == "placeholder" else None
+            target = spec.target if spec is not None else None
+            if target is not None and self.name(target) != target:
+                inner[held] = self.parameter(self.name(target), held.meta["val"].dtype)
+        for each in body:
+            if each.op == "get_attr":
+                inner[each] = self.attribute(module, str(each.target))
+            if each.op == "call_function":
+                inner[each] = self.call(each, inner)
+        self.layer = None
+        return tuple(inner[value] for value in cast(list[fx.Node], leave.args[1]))
 
     def inline(self, node: fx.Node, env: dict[fx.Node, Any], origin: Origin) -> Any:
         """Translate the body of a block that only switches gradients or autocast."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from qc.errors import ArtifactError, ContextLengthError, InputError, UnsupportedError, nearest
 from qc.runtime.arrays import as_array, give_back
 from qc.runtime.executor import Executor, Program
+from qc.runtime.explanation import FIGURES, Explanation, read_explanation
 from qc.runtime.library import Library
 from qc.runtime.machine import check_machine
 from qc.runtime.manifest import (
@@ -43,6 +44,7 @@ from qc.runtime.package import copy_artifact, file_entry
 from qc.runtime.safetensors_file import SafetensorsFile
 from qc.runtime.sampling import Sampling
 from qc.runtime.session import Session, as_float, generation_of
+from qc.runtime.strict_json import parse_object
 from qc.runtime.tables import KernelTime, Profile, Report, Verification
 from qc.runtime.text import Message, TextModel, stream_pieces
 
@@ -423,6 +425,16 @@ class Artifact:
     def report(self) -> Report:
         """Return what the compiler did with each layer, and the sums; print it for a table."""
         return Report(self.manifest.report)
+
+    def explain(self) -> Explanation:
+        """Return where the loss of quantization comes from, by layer and by pass, as it was
+        measured when this was compiled with `explain`. Raises InputError where it was not."""
+        if FIGURES not in self.manifest.files:
+            raise InputError(
+                "this artifact holds no explanation: compile it with explain=True (--explain), or "
+                "run `qc explain MODEL` with the same target and recipe"
+            )
+        return read_explanation(parse_object((self.path / FIGURES).read_bytes(), FIGURES))
 
     @property
     def plan(self) -> str:

@@ -37,7 +37,7 @@ PASSES: dict[str, tuple[object, ...]] = {
     "float": (),
     "int3": (RoundToNearest(GroupedFormat(3, None, "zero")),),
     "w4": (
-        StoreTables(torch.bfloat16),
+        StoreTables("bf16"),
         RoundToNearest(GroupedFormat(4, 32, "minimum")),
         QuantizeActivations(ActivationFormat(8, 32)),
     ),

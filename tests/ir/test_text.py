@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-
 from qc.ir.node import Origin, make
 from qc.ir.ops import Linear, Torch
 from qc.ir.target import Target
@@ -20,7 +18,7 @@ from tests.passes.lift.drawing import graph, mul, value
 
 RECIPE = Pipeline(
     [
-        StoreTables(torch.float16),
+        StoreTables("f16"),
         RoundToNearest(GroupedFormat(4, 32, "minimum")),
         QuantizeActivations(ActivationFormat(8, 32)),
     ]

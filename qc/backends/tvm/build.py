@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,43 @@ def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
 
 
 def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> None:
-    """Write model.so: the kernels and the native runtime.
+    """Write model.so: the kernels and the native runtime, which is compiled meanwhile.
 
     TargetError where this machine has no C compiler, or the compiler fails.
     """
-    module = compile_kernels(kernels, target)
+    flags = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden"]
     with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder) / "kernels.o"
-        module.write_to_file(str(compiled), "o")
-        flags = ["-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-s"]
-        sources = [str(compiled), str(NATIVE / "qcrt.c")]
-        command = [*c_compiler(), *flags, *sources, "-o", str(path), "-lpthread", "-lm"]
+        runtime, compiled = Path(folder) / "runtime.o", Path(folder) / "kernels.o"
+        source = ["-c", str(NATIVE / "qcrt.c"), "-o", str(runtime)]
+        with running([*flags, *source]) as compiling:
+            compile_kernels(kernels, target).write_to_file(str(compiled), "o")
+            finish(compiling, "compile the runtime")
+        objects = ["-shared", "-s", compiled, runtime, "-o", path, "-lpthread", "-lm"]
+        with running(objects) as linking:
+            finish(linking, "link the kernels")
+
+
+@contextmanager
+def running(arguments: Sequence[str | Path]) -> Iterator[subprocess.Popen[str]]:
+    """Start the C compiler; it does not outlive the block. TargetError where there is none."""
+    command = [*c_compiler(), *map(str, arguments)]
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        raise TargetError(f"the C compiler {command[0]}: {error.strerror}") from None
+    with process:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise TargetError(f"the C compiler {command[0]}: {error.strerror}") from None
-        if done.returncode:
-            raise TargetError(f"{command[0]} could not link the kernels: {last_line(done.stderr)}")
+            yield process
+        finally:
+            process.kill()
+
+
+def finish(process: subprocess.Popen[str], what: str) -> None:
+    """Wait for the C compiler; TargetError where it fails."""
+    _, messages = process.communicate()
+    if process.returncode:
+        name = str(process.args[0] if isinstance(process.args, list) else process.args)
+        raise TargetError(f"{name} could not {what}: {last_line(messages)}")
 
 
 def last_line(text: str) -> str:

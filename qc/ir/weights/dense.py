@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qc.ir.types import DTYPE_NAMES, DTYPES_BY_NAME
 from qc.ir.weights.expression import Expr, Load
+from qc.ir.weights.mapped import MappedArrays, MappedTensor, mapped_term
 from qc.ir.weights.weight import ArraySpec, Term, TermFormat, Weight
 
 
@@ -41,19 +42,25 @@ class DenseFormat(TermFormat):
         return arrays["values"]
 
     def rows(self, term: Term, index: Tensor) -> Term:
-        values = term.stored["values"]
-        if bool((index.diff() == 1).all()):
-            first = int(index[0])
-            return dense_term(values[first : first + len(index)])  # a view: the file stays mapped
-        return dense_term(values[index])
+        if not bool((index.diff() == 1).all()):
+            return dense_term(term.stored["values"][index])
+        first, stored = int(index[0]), term.stored
+        if isinstance(stored, MappedArrays):
+            return dense_in_file(stored.places["values"].rows(first, len(index)))
+        return dense_term(stored["values"][first : first + len(index)])
 
     def __str__(self) -> str:
         return f"dense {DTYPE_NAMES[self.dtype]}"
 
 
 def dense_term(values: Tensor) -> Term:
-    """Store a tensor as it is (often a view of a memory-mapped file)."""
+    """Store a tensor as it is."""
     return DenseFormat(values.dtype).term(tuple(values.shape), {"values": values})
+
+
+def dense_in_file(place: MappedTensor) -> Term:
+    """Leave a tensor in its file."""
+    return mapped_term(DenseFormat(place.dtype), place.shape, MappedArrays({"values": place}))
 
 
 def dense_weight(name: str, values: Tensor) -> Weight:

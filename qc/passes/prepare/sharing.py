@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from qc.ir import ops
 from qc.ir.graph import Graph, map_nodes
 from qc.ir.node import Node
 from qc.ir.rewrite import with_inputs
+from qc.ir.weights.mapped import memory_of, place_of
 
 COMPARED_ELEMENTS = 4096
 """Up to this size stored tensors are equal when their values are; larger ones when they are the
@@ -35,19 +38,23 @@ def identity_of(node: Node) -> object | None:
     if isinstance(op, ops.Input) or (isinstance(op, ops.Torch) and draws_random(op.overload)):
         return None
     if isinstance(op, ops.Parameter):
-        stored = [(name, identity_of_tensor(t)) for name, t in op.weight.arrays().items()]
+        stored = [
+            (name, identity_of_array(term.stored, name))
+            for term in op.weight.terms
+            for name in term.stored
+        ]
         return (str(op.weight.format), node.type, tuple(stored))
     exact = repr(op) if isinstance(op, ops.Scalar | ops.Full | ops.Torch) else None  # 1 is not 1.0
     return (op, exact, node.type, tuple(id(i) for i in node.inputs))
 
 
-def identity_of_tensor(tensor: Tensor) -> object:
-    """Identify a small tensor by its values, a large one by its memory."""
-    shape = (tuple(tensor.shape), tensor.dtype)
-    if tensor.numel() <= COMPARED_ELEMENTS:
-        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return (*shape, hashlib.sha256(raw).digest())
-    return (*shape, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride())
+def identity_of_array(arrays: Mapping[str, Tensor], name: str) -> object:
+    """Identify a small array by its values, a large one by its memory."""
+    place = place_of(arrays, name)
+    if prod(place.shape) > COMPARED_ELEMENTS:
+        return memory_of(place)
+    raw = arrays[name].contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return (tuple(place.shape), place.dtype, hashlib.sha256(raw).digest())
 
 
 def draws_random(overload: str) -> bool:

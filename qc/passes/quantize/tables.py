@@ -1,4 +1,4 @@
-"""Embedding tables in 16 bits."""
+"""Tables that embeddings read, in fewer bits."""
 
 from __future__ import annotations
 
@@ -6,68 +6,97 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
-from qc.ir.weights.dense import DenseFormat, dense_term
-from qc.ir.weights.weight import Weight, WeightFormat
+from qc.ir.weights.notation import parse_term
+from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass
+from qc.passes.quantize.finite import count_unfinite
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
 
 @dataclass(frozen=True)
 class StoreTables(Pass):
-    """Store the tables that embeddings read in a 16-bit dtype.
+    """Store the tables that embeddings read: those that inputs index (vocabularies) in `format`,
+    those that computed ids index (positions) in `computed`.
 
-        embedding(%ids, dense f32)  -->  embedding(%ids, dense f16)
+        embedding(%ids, dense f32)  -->  embedding(%ids, int8·row)
 
-    Lossy: rounds each element to the nearest value of `dtype`. A table that does not fit the range
-    of the dtype stays as it is.
+    Lossy: rounds each element to the nearest value of its format. A table that does not fit the
+    range of its format, or has no more bits already, stays as it is; a head that shares the table
+    keeps the original.
     """
 
     name: ClassVar[str] = "store_tables"
     requires: ClassVar[Stage] = CANONICAL
     ensures: ClassVar[Stage] = QUANTIZED
     exact: ClassVar[bool] = False
-    dtype: torch.dtype = torch.float16
+    format: TermFormat
+    computed: TermFormat
+
+    def __init__(self, format: TermFormat | str, computed: TermFormat | str = "f16") -> None:
+        for name, given in (("format", format), ("computed", computed)):
+            parsed = parse_term(given) if isinstance(given, str) else given
+            object.__setattr__(self, name, parsed)
+
+    def __repr__(self) -> str:
+        return f"StoreTables({str(self.format)!r}, {str(self.computed)!r})"
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        return self.stored(graph, lambda weight: stored_as(weight, self.dtype))
+        return self.stored(graph, stored_as)
 
     def preview(self, graph: Graph) -> Graph:
         """Return the graph with formats in place of stored values, as if every table fitted."""
-        return self.stored(graph, lambda weight: planned_as(weight, self.dtype))
+        return self.stored(graph, planned_as)
 
-    def stored(self, graph: Graph, store: Callable[[Weight], Weight]) -> Graph:
-        """Let the embeddings read tables that `store` returns."""
+    def stored(self, graph: Graph, store: Callable[[Weight, TermFormat], Weight]) -> Graph:
+        """Let the embeddings read tables that `store` returns, one for all that share it."""
+        found: dict[tuple[Node, TermFormat], Node] = {}
         replacements: dict[Node, Node] = {}
         for node in graph.nodes:
-            if not isinstance(node.op, ops.Embedding):
+            if not isinstance(node.op, ops.Embedding) or not isinstance(
+                node.inputs[1].op, ops.Parameter
+            ):
                 continue
-            table = node.inputs[1].op
-            if isinstance(table, ops.Parameter) and table.weight.bits_per_element > 16:
-                stored = store(table.weight)
-                replacements[node] = make(
-                    node.op,
-                    node.inputs[0],
-                    make(ops.Parameter(stored), origin=node.inputs[1].origin),
-                    origin=node.origin.touched_by(self.name),
-                )
+            ids, table = node.inputs
+            weight = node.inputs[1].op.weight
+            format = self.format if isinstance(ids.op, ops.Input) else self.computed
+            if not saves_bits(format, weight):
+                continue
+            if (table, format) not in found:
+                stored = store(weight, format)
+                found[table, format] = make(ops.Parameter(stored), origin=table.origin)
+            origin = node.origin.touched_by(self.name)
+            replacements[node] = make(node.op, ids, found[table, format], origin=origin)
         return substitute(graph, replacements)
 
 
-def planned_as(weight: Weight, dtype: torch.dtype) -> Weight:
-    """Return `weight` in `dtype` without values."""
-    return WeightFormat((DenseFormat(dtype),)).planned(weight.name, weight.shape, weight.dtype)
+def saves_bits(format: TermFormat, weight: Weight) -> bool:
+    """Say whether a table can be stored in a format, and is stored in more bits now."""
+    return (
+        len(weight.shape) == 2
+        and format.refusal(weight.shape) is None
+        and format.bits(weight.shape) < weight.bits
+    )
 
 
-def stored_as(weight: Weight, dtype: torch.dtype) -> Weight:
-    """Return `weight` in `dtype`, or as it is where a value would overflow."""
+def planned_as(weight: Weight, format: TermFormat) -> Weight:
+    """Return `weight` in `format` without values."""
+    return WeightFormat((format,)).planned(weight.name, weight.shape, weight.dtype)
+
+
+def stored_as(weight: Weight, format: TermFormat) -> Weight:
+    """Return `weight` in `format`, or as it is where a value is not finite or would overflow."""
     values = weight.dense()
-    rounded = values.to(dtype)
-    if not bool(torch.isfinite(rounded).all()):
+    if count_unfinite(values):
         return weight
-    return Weight(weight.name, weight.shape, (dense_term(rounded),), weight.dtype)
+    term = format.nearest(values)
+    return Weight(weight.name, weight.shape, (term,), weight.dtype) if is_finite(term) else weight
+
+
+def is_finite(term: Term) -> bool:
+    """Say whether all stored floats are finite."""
+    floats = (array for array in term.arrays().values() if array.is_floating_point())
+    return not any(count_unfinite(array) for array in floats)

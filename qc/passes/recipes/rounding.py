@@ -1,7 +1,8 @@
 """w8, w4, w3, w2, w8a16, w4a16: round-to-nearest in groups of 32.
 
 `wN` also quantizes the activations of those linears to int8, in the same groups; `wNa16` keeps
-them in floating point. Keys and values are cached in float16.
+them in floating point. Vocabulary tables are stored in int8, a scale a row, tables of positions in
+float16; keys and values are cached in float16.
 """
 
 import torch
@@ -14,13 +15,16 @@ from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.quantize.tables import StoreTables
 from qc.passes.recipes.recipe import Recipe
 
-STORE_16 = (StoreTables(torch.float16), ExplicitCache(torch.float16))
+CACHE_16 = (ExplicitCache(torch.float16),)
+TABLES_16 = (StoreTables("f16"),)
+STORE_16 = (*TABLES_16, *CACHE_16)
+STORE = (StoreTables("int8·row"), *CACHE_16)
 INT8_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, 32)),)
 
-W8A16 = Recipe("w8a16", (*STORE_16, RoundToNearest(GroupedFormat(8, 32, "symmetric"))))
-W4A16 = Recipe("w4a16", (*STORE_16, RoundToNearest(GroupedFormat(4, 32, "minimum"))))
-W3 = Recipe("w3", (*STORE_16, RoundToNearest(GroupedFormat(3, 32, "minimum")), *INT8_ACTIVATIONS))
-W2 = Recipe("w2", (*STORE_16, RoundToNearest(GroupedFormat(2, 32, "minimum")), *INT8_ACTIVATIONS))
+W8A16 = Recipe("w8a16", (*STORE, RoundToNearest(GroupedFormat(8, 32, "symmetric"))))
+W4A16 = Recipe("w4a16", (*STORE, RoundToNearest(GroupedFormat(4, 32, "minimum"))))
+W3 = Recipe("w3", (*STORE, RoundToNearest(GroupedFormat(3, 32, "minimum")), *INT8_ACTIVATIONS))
+W2 = Recipe("w2", (*STORE, RoundToNearest(GroupedFormat(2, 32, "minimum")), *INT8_ACTIVATIONS))
 W8 = Recipe("w8", (*W8A16.passes, *INT8_ACTIVATIONS))
 W4 = Recipe(
     "w4",

@@ -127,7 +127,7 @@ def test_more_bits_do_not_hurt(format: GroupedFormat) -> None:
 def test_wide_matrices_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, format = torch.randn(10, 33), GroupedFormat(4, 16, "minimum")
     whole = round_to_nearest(weight, format)
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(module, "AT_ONCE", 3 * 33)
     parts = round_to_nearest(weight, format)
     assert all(torch.equal(a, parts.arrays()[name]) for name, a in whole.arrays().items())
 
@@ -222,3 +222,10 @@ def test_tiny_weights_vanish_without_harm() -> None:
     weight = torch.randn(4, 40) * 1e-12
     dense = round_to_nearest(weight, GroupedFormat(4, 32, "minimum")).dense()
     assert float((dense - weight).abs().max()) < 1e-10
+
+
+def test_weights_put_aside_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = block_graph()
+    kept = run(before, GroupedFormat(4, 32, "minimum"))
+    monkeypatch.setattr("qc.passes.quantize.round_to_nearest.IN_MEMORY", 0)
+    assert run(before, GroupedFormat(4, 32, "minimum")).same_as(kept)

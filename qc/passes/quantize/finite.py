@@ -1,0 +1,15 @@
+"""Values that are not finite, counted without copies of large tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+AT_ONCE = 1 << 22
+"""Elements looked at together; torch makes several arrays of them."""
+
+
+def count_unfinite(values: Tensor) -> int:
+    """Count NaN and infinities."""
+    parts = values.reshape(-1).split(AT_ONCE)
+    return sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
