@@ -12,13 +12,14 @@ MULTIPLYING := tests/backends/tvm/linear tests/backends/tvm/test_lower.py tests/
   tests/test_no_dead_checkpoints.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo test test-slow bench lint format environment model clean
+.PHONY: help demo test test-slow test-gpu bench lint format environment model clean
 
 help:
 	@echo 'make demo       compile a real model to int4 CPU code, run it, compare with the original'
 	@echo 'make test       linters, types, import contracts, quick tests'
 	@echo 'make test-slow  the tests marked slow: the real model, the claims of the recipes;'
 	@echo '                then those that multiply by weights, without the fast kernel rules'
+	@echo 'make test-gpu   what needs an NVIDIA GPU: compiled here, run on it'
 	@echo 'make bench      speed and accuracy beside peers'
 	@echo 'make lint       linters, types, import contracts'
 	@echo 'make format     rewrite the sources in the house format'
@@ -29,6 +30,9 @@ demo: $(ENVIRONMENT) model
 
 test: lint model
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-gpu: $(ENVIRONMENT)
+	$(BIN)/python -m pytest tests/gpu
 
 test-slow: $(ENVIRONMENT) model
 	$(BIN)/python -m pytest -n 2 -m slow

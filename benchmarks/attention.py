@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 import tvm
 
+from qc.backends.region import SizeArgument, region_of
 from qc.backends.tvm.attention import attention
 from qc.backends.tvm.build import llvm_target
-from qc.backends.tvm.kernel import Kernel, SizeArgument, region_of
+from qc.backends.tvm.kernel import Kernel
 from qc.ir.fused import fuse
 from qc.ir.node import make
 from qc.ir.ops import Append, Attention, Input, Rope

@@ -24,14 +24,15 @@ import tvm
 from rich.progress import track
 
 from benchmarks.linear import read_function
+from qc.backends.region import RESULT, ArrayArgument, region_of
 from qc.backends.tvm.build import llvm_target
-from qc.backends.tvm.kernel import RESULT, ArrayArgument, Kernel, region_of
+from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.ir import ops
 from qc.ir.fused import fuse
 from qc.ir.node import make
 from qc.ir.quantized import quantize_activation, split_groups
-from qc.ir.target import Target, host_cpu
+from qc.ir.target import Target, parse_machine
 from qc.ir.threads import side_by_side
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.notation import parse_weights
@@ -44,7 +45,9 @@ FORMATS = (
     "int4·o128·min", "int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)",
     "int3·g16·min·scale(int3·o16·min)·minimum(int3·o16·min)",
     "fp4", "nf4·g64", "mxfp4", "nvfp4", "fp6", "fp8", "lookup4·row", "lookup4·tensor",
-    "codebook2x8·d8", "codebook1x8·d2", "planes1·g128", "planes2·g128", "planes3·g128",
+    "lookup6·tensor", "lookup8·tensor", "codebook2x8·d8", "codebook1x8·d2", "codebook1x12·d8",
+    "trellis2·w10", "trellis4·w8", "trellis1.5·d2·w9", "planes1·g128", "planes2·g128",
+    "planes3·g128",
     "signs2·g128", "trits2·g128", "ternary·g128", "ternary2bit·g128", "bitstack2·rank4",
     "kept50%·g16(int4·row)", "columns20%(int4·row·zero)", "sparse5%", "rank64", "train2·bond16",
     "int4·g128·min + rank16 + sparse0.5%", "int3·g128·min + rank16 + sparse0.5%",
@@ -170,11 +173,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--megabytes", type=int, default=100, help="copies of each weight")
     parser.add_argument("--activation", choices=("int8", "f32"), default="int8")
+    parser.add_argument("--target", default="cpu", help="a machine that this one can stand for")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    tvm.get_global_func("runtime.config_threadpool")(1, options.threads)
-    target = host_cpu()
+    # TVM's thread pool reads its size once, when it starts; left alone, it takes half of all CPUs.
+    os.environ["TVM_NUM_THREADS"] = str(options.threads)
+    target = parse_machine(options.target)
     activation = ActivationFormat(8, 32) if options.activation == "int8" else None
     names = [*BASELINES, *(f for f in options.formats or FORMATS if f not in BASELINES)]
     stored = side_by_side(partial(random_weight, size=options.size), names)

@@ -25,8 +25,9 @@ from torch import Tensor
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from qc.backends.region import RESULT, ArrayArgument, region_of
 from qc.backends.tvm.build import llvm_target
-from qc.backends.tvm.kernel import RESULT, ArrayArgument, Kernel, region_of
+from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear import linear_rules
 from qc.backends.tvm.linear.vectors import span, splat
 from qc.ir import ops
@@ -280,7 +281,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tvm.get_global_func("runtime.config_threadpool")(1, arguments.threads)
+    # TVM's thread pool reads its size once, when it starts; left alone, it takes half of all CPUs.
+    os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
     machine = f"{platform.machine()} {host_cpu()}, {arguments.threads} threads"
     if not arguments.json:
         print(f"{machine}; fastest (median)")

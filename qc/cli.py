@@ -1,4 +1,4 @@
-"""The `qc` command: check, compile, run, eval, inspect."""
+"""The `qc` command: check, compile, explain, run, eval, verify, inspect."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from qc.errors import InputError, QcError, nearest
 if TYPE_CHECKING:
     from qc.evaluation import Logits
     from qc.runtime import Artifact
+    from qc.runtime.explanation import Explanation
 
 STAGES = ("captured", "canonical", "quantized", "planned", "log")
 
@@ -53,8 +54,25 @@ def build_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("compile", help="compile a model for a target")
     add_what_to_compile(one)
     one.add_argument("-o", "--output", required=True, metavar="DIR", help="the artifact to write")
+    add_calibration(one)
+    one.add_argument(
+        "--explain", action="store_true", help="measure where the loss comes from, for qc explain"
+    )
     one.add_argument("--quiet", action="store_true", help="no progress, no table")
     one.set_defaults(command=compile_command)
+
+    one = commands.add_parser("explain", help="where the loss comes from, by layer and by pass")
+    add_what_to_compile(one, "an artifact compiled with --explain, or a model to quantize")
+    add_calibration(one)
+    one.add_argument("--json", action="store_true", help="print the figures as JSON")
+    one.add_argument("--html", metavar="FILE", help="write one page with plots")
+    one.add_argument("--all", action="store_true", help="every layer, not the worst 30")
+    one.add_argument(
+        "--divergence-tokens", type=int, default=128, metavar="N",
+        help="tokens on which each layer's KL is measured; 0: not at all (default: 128)",
+    )  # fmt: skip
+    one.add_argument("--quiet", action="store_true", help="no progress")
+    one.set_defaults(command=explain_command)
 
     one = commands.add_parser("run", help="continue a prompt, streaming the text")
     one.add_argument("artifact", metavar="DIR")
@@ -79,6 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--quiet", action="store_true", help="no progress")
     one.set_defaults(command=eval_command)
 
+    one = commands.add_parser("verify", help="run every kernel of a GPU artifact on known inputs")
+    one.add_argument("artifact", metavar="DIR")
+    one.add_argument("--json", action="store_true", help="print the checks as JSON")
+    one.set_defaults(command=verify_command)
+
     one = commands.add_parser("inspect", help="the report, the plan, a stage's IR, a kernel")
     one.add_argument("artifact", metavar="DIR")
     one.add_argument("--ir", metavar="STAGE", help=", ".join(STAGES))
@@ -89,15 +112,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_what_to_compile(parser: argparse.ArgumentParser) -> None:
-    """Add what `check` and `compile` ask for alike."""
-    parser.add_argument("model", help="a Hugging Face folder or name, or a .gguf file")
+MODEL = "a Hugging Face folder or name, or a .gguf file"
+
+
+def add_what_to_compile(parser: argparse.ArgumentParser, model: str = MODEL) -> None:
+    """Add what `check`, `compile` and `explain` ask for alike."""
+    parser.add_argument("model", help=model)
     parser.add_argument("--target", default="cpu-w4", help="machine and recipe (default: cpu-w4)")
     parser.add_argument("--recipe", help="another recipe than the target names")
     parser.add_argument(
         "--weights", metavar="FORMAT",
         help="another format for the linears: int3:g64+rank16+sparse0.5%%",
     )  # fmt: skip
+    parser.add_argument("--bits", type=int, metavar="B", help="of a code, in place of the recipe's")
+    parser.add_argument("--group-size", type=int, metavar="G", help="inputs that share a scale")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add what recipes that look at data ask for."""
+    parser.add_argument(
+        "--calibration", default="self", metavar="FILE",
+        help=".txt or .jsonl; self: text that the model writes (default)",
+    )  # fmt: skip
+    parser.add_argument("--num-calibration-samples", type=int, default=128, metavar="N")
+    parser.add_argument("--max-seq-length", type=int, default=512, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a compilation that was killed"
+    )
+
+
+def calibration_data(options: argparse.Namespace) -> Any:
+    """Return what --calibration names: "self", or a file, which must be there."""
+    if options.calibration == "self":
+        return "self"
+    return Path(options.calibration)
 
 
 def check_command(options: argparse.Namespace) -> int:
@@ -106,7 +155,7 @@ def check_command(options: argparse.Namespace) -> int:
 
     report = check(
         options.model, options.target, recipe=options.recipe, weights=options.weights,
-        progress=not options.quiet,
+        bits=options.bits, group_size=options.group_size, progress=not options.quiet,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), ensure_ascii=False) if options.json else report)
     return 0 if report.accepted else 1
@@ -119,7 +168,10 @@ def compile_command(options: argparse.Namespace) -> None:
 
     artifact = compile(
         options.model, options.target, recipe=options.recipe, weights=options.weights,
-        output=options.output, progress=not options.quiet,
+        bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
+        num_calibration_samples=options.num_calibration_samples,
+        max_seq_length=options.max_seq_length, seed=options.seed, resume=options.resume,
+        explain=options.explain, output=options.output, progress=not options.quiet,
     )  # fmt: skip
     if options.quiet:
         return
@@ -127,6 +179,40 @@ def compile_command(options: argparse.Namespace) -> None:
     size = sum(entry.bytes for entry in artifact.manifest.files.values())
     seconds = time.perf_counter() - start
     print(f"\n{options.output}: {size / 1e6:.1f} MB, compiled in {seconds:.1f} s")
+
+
+def explain_command(options: argparse.Namespace) -> None:
+    """`qc explain DIR` or `qc explain MODEL --target T`"""
+    from qc.explaining.page import explanation_page
+    from qc.explaining.terminal import show
+
+    found = explanation_of(options)
+    if options.html:
+        Path(options.html).write_text(explanation_page(found), encoding="utf-8")
+    if options.json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        show(found, limit=None if options.all else 30)
+
+
+def explanation_of(options: argparse.Namespace) -> Explanation:
+    """Read the explanation of an artifact, or measure that of a model."""
+    from qc.loading import load
+    from qc.runtime.manifest import MANIFEST
+
+    if (Path(options.model) / MANIFEST).is_file():
+        return load(options.model).explain()
+    from qc.compiler import explain
+    from qc.explaining.explain import ExplainOptions
+
+    return explain(
+        options.model, options.target, recipe=options.recipe, weights=options.weights,
+        bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
+        num_calibration_samples=options.num_calibration_samples,
+        max_seq_length=options.max_seq_length, seed=options.seed,
+        options=ExplainOptions(divergence_tokens=options.divergence_tokens),
+        progress=not options.quiet,
+    )  # fmt: skip
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -200,6 +286,15 @@ def read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"cannot read {path}: {reason}") from None
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    """`qc verify DIR`"""
+    from qc.runtime import load
+
+    found = load(options.artifact, verify=True).verify()
+    print(json.dumps(found.to_dict(), ensure_ascii=False) if options.json else found)
+    return 1 if found.wrong else 0
 
 
 def inspect_command(options: argparse.Namespace) -> None:

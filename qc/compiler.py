@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qc.checking.check import require_possible
+from qc.errors import InputError
+from qc.explaining.explain import ExplainOptions
 from qc.frontends import open_model
 from qc.ir.target import parse_target
 from qc.ir.weights.weight import WeightFormat
+from qc.passes.calibration import SELF, Calibration, Checkpoint
 from qc.passes.pipeline import Pipeline
 from qc.passes.recipes import RECIPES, Recipe
 from qc.progress import progress_bar
@@ -20,6 +24,7 @@ from qc.stages import CapturedModel, Progress, resolve_recipe, silent
 if TYPE_CHECKING:
     from qc.checking.report import CheckReport
     from qc.runtime import Artifact
+    from qc.runtime.explanation import Explanation
 
 
 def trace(model: Any, example_inputs: Mapping[str, Any] | None = None) -> CapturedModel:
@@ -38,6 +43,14 @@ def compile(
     *,
     recipe: str | Recipe | Pipeline | None = None,
     weights: str | WeightFormat | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    calibration: Any = SELF,
+    num_calibration_samples: int = 128,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    resume: bool = False,
+    explain: bool = False,
     output: str | Path | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
@@ -45,23 +58,85 @@ def compile(
     """Compile a model for a target, such as "cpu-w4", and return the artifact, ready to run.
 
     The recipe is the one that the target names unless `recipe` says otherwise; `weights` is another
-    format for the linears than the recipe's: "int3·g64 + rank16 + sparse0.5%". With `output` the
-    artifact is written there. `progress=True` shows a bar; a function gets (step, fraction).
-    TargetError, RecipeError and FormatError list the nearest names, and ArtifactError refuses an
-    `output` that cannot be written, before anything is read. What cannot be stored as asked, or has
-    no kernel, is refused before any long work.
+    format for the linears than the recipe's: "int3·g64 + rank16 + sparse0.5%"; `bits` and
+    `group_size` change the sizes of the recipe's own. Recipes that look at data see the first
+    `num_calibration_samples` sequences of `max_seq_length` tokens of `calibration`: texts, token
+    ids, a .txt or .jsonl file, a data set, or "self", text that the model writes, drawn with
+    `seed`. With `output` the artifact is written there, and finished weights are kept beside it
+    until it is: with `resume` a compilation that was killed goes on from them. With `explain` the
+    artifact says what every pass costs every layer, `artifact.explain()`. `progress=True`
+    shows a bar; a function gets (step, fraction). TargetError, RecipeError and FormatError list the
+    nearest names, and ArtifactError refuses an `output` that cannot be written, before anything is
+    read. What cannot be stored as asked, or has no kernel, is refused before any long work.
     """
     machine, recipe_name = parse_target(target, RECIPES)
-    passes = resolve_recipe(recipe or recipe_name, weights)
-    if output is not None:
-        check_place(output)
+    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    kept = kept_beside(output, resume)
     with shown(progress) as report:
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)
         require_possible(canonical.graph, passes, machine)
-        quantized = canonical.quantize(passes, report)
+        run = canonical.explain if explain else canonical.quantize
+        quantized = run(passes, report, calibration=replace(data, checkpoint=kept))
         planned = quantized.lower(machine, report)
-        return planned.build(output, target, report)
+        artifact = planned.build(output, target, report)
+    if kept is not None:
+        kept.remove()
+    return artifact
+
+
+def explain(
+    model: Any,
+    target: str = "cpu-w4",
+    *,
+    recipe: str | Recipe | Pipeline | None = None,
+    weights: str | WeightFormat | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    calibration: Any = SELF,
+    num_calibration_samples: int = 128,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    options: ExplainOptions | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    progress: bool | Callable[[str, float], None] = False,
+) -> Explanation:
+    """Quantize a model as `compile` with these arguments would, and say where the loss comes from:
+    errors of every layer after every pass, and what each layer alone costs the logits."""
+    _, recipe_name = parse_target(target, RECIPES)
+    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    with shown(progress) as report:
+        report("capture", 0.0)
+        canonical = trace(model, example_inputs).canonicalize(report)
+        named = recipe if isinstance(recipe, str) else recipe_name
+        quantized = canonical.explain(
+            passes, report, calibration=data, options=options, name=named
+        )  # fmt: skip
+    found = quantized.explanation
+    assert found is not None
+    return found
+
+
+def calibration_of(
+    data: Any, num_calibration_samples: int = 128, max_seq_length: int = 512, seed: int = 0
+) -> Calibration:
+    """Return calibration data as a `Calibration`, which may be one already."""
+    if isinstance(data, Calibration):
+        return data
+    return Calibration(data, num_calibration_samples, max_seq_length, seed)
+
+
+def kept_beside(output: str | Path | None, resume: bool) -> Checkpoint | None:
+    """Return where finished weights are kept until the artifact is written."""
+    if output is None:
+        if resume:
+            raise InputError("only a compilation with an output folder can be resumed")
+        return None
+    check_place(output)
+    place = Path(output).absolute()
+    return Checkpoint(place.with_name(f".{place.name}.unfinished"), resume)
 
 
 def check(
@@ -70,6 +145,8 @@ def check(
     *,
     recipe: str | Recipe | Pipeline | None = None,
     weights: str | WeightFormat | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
 ) -> CheckReport:
@@ -79,7 +156,7 @@ def check(
     No weight is quantized and nothing is written. Predictions are nominal: decision 009.
     """
     machine, recipe_name = parse_target(target, RECIPES)
-    passes = resolve_recipe(recipe or recipe_name, weights)
+    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
     with shown(progress) as report:
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qc.runtime.artifact import Artifact, native_program, open_artifact, read_manifest
+from qc.runtime.artifact import Artifact, compiled_program, open_artifact, read_manifest
 from qc.runtime.manifest import TORCH
 
 
@@ -20,7 +20,7 @@ def load(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    open_program = native_program
+    open_program = compiled_program
     if manifest.executor == TORCH:
         from qc.backends.torch.artifact import open_program  # loads torch
     return open_artifact(folder, manifest, open_program, verify=verify, temporary=temporary)

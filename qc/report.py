@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node
+from qc.passes.calibration.coverage import Coverage
 
 
-def compile_report(graph: Graph, source: str, target: str) -> dict[str, Any]:
-    """Describe every stored matrix of a quantized graph, and the totals, as plain JSON."""
+def compile_report(
+    graph: Graph, source: str, target: str, coverage: Mapping[str, Coverage] | None = None
+) -> dict[str, Any]:
+    """Describe every stored matrix of a quantized graph, and the totals, as plain JSON.
+
+    Weights that were stored by data also have the calibration tokens that they saw, and the share
+    of their output that is lost on these.
+    """
     rows = [describe_weight(node, graph) for node in graph.parameters if is_matrix(node)]
+    for row in rows:
+        seen = (coverage or {}).get(row["name"])
+        if seen is not None and row["kind"] == "linear":
+            row |= {"tokens": seen.tokens, "output_error": seen.error}
     linears = [row for row in rows if row["kind"] == "linear"]
     small = [node for node in graph.parameters if not is_matrix(node)]
     return {

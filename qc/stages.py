@@ -9,6 +9,7 @@ artifact = planned.build()            # compiled, ready to run
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import weakref
@@ -21,20 +22,25 @@ from torch import Tensor
 
 from qc.checking.check import check_graph
 from qc.errors import QcError, RecipeError, nearest
+from qc.explaining.explain import ExplainOptions, explain
 from qc.frontends.captured import Captured
 from qc.ir.graph import Graph
 from qc.ir.meaning import evaluate
 from qc.ir.target import Target, parse_machine
 from qc.ir.weights.weight import WeightFormat
+from qc.passes.calibration import Calibration, Coverage
+from qc.passes.calibration.data import Encode
 from qc.passes.lift import LIFT
-from qc.passes.pipeline import Context, Pipeline, Step, replace_passes
+from qc.passes.pipeline import Context, Pass, Pipeline, Step, replace_passes
 from qc.passes.plan.fuse import Fuse
 from qc.passes.prepare import PREPARE
 from qc.passes.prepare.trailing_logits import TrailingLogits
 from qc.passes.quantize.activations import QuantizeActivations
-from qc.passes.quantize.round_to_nearest import RoundToNearest
+from qc.passes.quantize.round_to_nearest import RoundToNearest, as_weight_format
 from qc.passes.recipes import RECIPES, Recipe
 from qc.report import compile_report
+from qc.runtime.explanation import FIGURES, Explanation
+from qc.runtime.text import TextModel
 
 if TYPE_CHECKING:
     from qc.checking.report import CheckReport
@@ -71,14 +77,19 @@ class CapturedModel:
         progress: Progress = silent,
         *,
         weights: str | WeightFormat | None = None,
+        bits: int | None = None,
+        group_size: int | None = None,
+        calibration: Calibration | None = None,
     ) -> QuantizedModel:
         """Bring the graph into canonical form and run a recipe, given by name or as passes.
 
         `weights` is the format in which the recipe is to store the linears, as it is printed:
-        "int3·g64 + rank16". RecipeError for an unknown name, FormatError for an unknown format.
+        "int3·g64 + rank16"; `bits` and `group_size` change sizes of the recipe's own. Passes that
+        look at data get `calibration`; without, the model writes text. RecipeError for an unknown
+        name, FormatError for an unknown format.
         """
-        passes = resolve_recipe(recipe, weights)
-        return self.canonicalize(progress).quantize(passes, progress)
+        passes = resolve_recipe(recipe, weights, bits, group_size)
+        return self.canonicalize(progress).quantize(passes, progress, calibration=calibration)
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -111,12 +122,43 @@ class CanonicalModel:
         progress: Progress = silent,
         *,
         weights: str | WeightFormat | None = None,
+        bits: int | None = None,
+        group_size: int | None = None,
+        calibration: Calibration | None = None,
     ) -> QuantizedModel:
         """Run a recipe."""
-        passes = resolve_recipe(recipe, weights)
-        context = Context(Target("any", "any"), progress, list(self.log))
+        passes = resolve_recipe(recipe, weights, bits, group_size)
+        data = self.bind(calibration or Calibration())
+        context = Context(Target("any", "any"), progress, list(self.log), data)
         graph = passes.run(self.graph, context)
-        return QuantizedModel(self.captured, self.graph, graph, context.log)
+        return QuantizedModel(self.captured, self.graph, graph, context.log, data.coverage)
+
+    def explain(
+        self,
+        recipe: str | Recipe | Pipeline,
+        progress: Progress = silent,
+        *,
+        calibration: Calibration | None = None,
+        options: ExplainOptions | None = None,
+        name: str = "",
+    ) -> QuantizedModel:
+        """Run a recipe and measure what every pass costs every layer: `explanation` of the
+        result, which calls the recipe `name`."""
+        passes = resolve_recipe(recipe)
+        data = self.bind(calibration or Calibration())
+        context = Context(Target("any", "any"), progress, list(self.log), data)
+        name = name or (recipe if isinstance(recipe, str) else "")
+        graph, found = explain(self.graph, passes, context, options, self.captured.source, name)
+        return QuantizedModel(
+            self.captured, self.graph, graph, context.log, data.coverage, found
+        )  # fmt: skip
+
+    def bind(self, calibration: Calibration) -> Calibration:
+        """Tell a calibration how this model reads and writes text."""
+        facts = self.captured.captured
+        return calibration.bound(
+            self.graph, encoder_of(facts.tokenizer), facts.bos_id, facts.context_length
+        )
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -130,6 +172,10 @@ class QuantizedModel:
     canonical: Graph
     graph: Graph
     log: list[Step] = field(default_factory=list)
+    coverage: Mapping[str, Coverage] = field(default_factory=dict)
+    """What data each weight saw that was stored by data."""
+    explanation: Explanation | None = None
+    """Where the loss comes from, where that was asked for."""
 
     def __call__(self, sizes: Mapping[str, int] | None = None, **inputs: Tensor) -> dict[str, Any]:
         """Evaluate the graph in the reference interpreter; caches may be left out when empty."""
@@ -188,13 +234,17 @@ class PlannedModel:
             captured.captured.bos_id,
             captured.captured.context_length,
             captured.captured.tokenizer,
-            compile_report(self.quantized.graph, captured.source, name),
+            compile_report(self.quantized.graph, captured.source, name, self.quantized.coverage),
             self.texts(),
         )
         if self.target.device == "torch":
             from qc.backends.torch.artifact import write_torch_artifact
 
             write_torch_artifact(self.graph, facts, place, progress)
+        elif self.target.gpu is not None:
+            from qc.backends.triton.artifact import write_gpu_artifact  # loads Triton
+
+            write_gpu_artifact(self.graph, self.target, facts, place, progress)
         else:
             from qc.backends.tvm.artifact import write_native_artifact  # loads TVM
 
@@ -209,35 +259,79 @@ class PlannedModel:
             "ir/quantized.txt": str(self.quantized.graph),
             "ir/planned.txt": str(self.graph),
             "ir/log.txt": "\n".join(step.text for step in self.quantized.log),
+            **self.figures(),
         }
+
+    def figures(self) -> dict[str, str]:
+        """Write the explanation, where there is one."""
+        found = self.quantized.explanation
+        return {} if found is None else {FIGURES: json.dumps(found.to_dict(), ensure_ascii=False)}
 
     def __str__(self) -> str:
         return str(self.graph)
 
 
+def encoder_of(folder: Path | None) -> Encode | None:
+    """Return what tokenizes text by the tokenizer in a folder, which is read when it is needed."""
+    if folder is None:
+        return None
+
+    def encode(text: str) -> list[int]:
+        files = {file.name: file.read_bytes() for file in folder.iterdir() if "token" in file.name}
+        return TextModel(files).encode(text, special_tokens=False)
+
+    return encode
+
+
 def resolve_recipe(
-    recipe: str | Recipe | Pipeline, weights: str | WeightFormat | None = None
+    recipe: str | Recipe | Pipeline,
+    weights: str | WeightFormat | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
 ) -> Pipeline:
-    """Return the passes behind a recipe, with linears stored as `weights` where that is given.
+    """Return the passes behind a recipe, with linears stored as `weights` where that is given, or
+    in its own formats with other sizes.
 
     RecipeError and FormatError list the nearest known names.
     """
     passes = named_passes(recipe)
-    return passes if weights is None else storing(passes, RoundToNearest(weights))
+    if weights is not None:
+        passes = storing(passes, as_weight_format(weights))
+    return passes if bits is None and group_size is None else resized(passes, bits, group_size)
 
 
-def storing(pipeline: Pipeline, store: RoundToNearest) -> Pipeline:
-    """Return the passes with `store` where linears are rounded; else in front of the quantization
-    of activations, or at the end."""
+def storing(pipeline: Pipeline, format: WeightFormat) -> Pipeline:
+    """Return the passes with the first that stores linears doing so in `format`, and those that
+    prepare for it; where none does, linears are rounded in front of the quantization of
+    activations, or at the end."""
+    changed = changed_first(pipeline, lambda one: one.storing(format))
+    if changed is not None:
+        return changed
     passes = pipeline.passes
-    for kind in (RoundToNearest, QuantizeActivations):
-        found = [number for number, one in enumerate(passes) if isinstance(one, kind)]
-        if found:
-            break
+    found = [number for number, one in enumerate(passes) if isinstance(one, QuantizeActivations)]
     at = found[0] if found else len(passes)
-    before, after = passes[:at], passes[at:]
-    kept = (one for one in after if not isinstance(one, RoundToNearest))
-    return replace_passes(pipeline, (*before, store, *kept))
+    return replace_passes(pipeline, (*passes[:at], RoundToNearest(format), *passes[at:]))
+
+
+def resized(pipeline: Pipeline, bits: int | None, group: int | None) -> Pipeline:
+    """Return the passes with the first that has sizes of codes and groups in others; RecipeError
+    where none has."""
+    changed = changed_first(pipeline, lambda one: one.resized(bits, group))
+    if changed is None:
+        raise RecipeError("this recipe stores no codes, so it has no bits and no groups to change")
+    return changed
+
+
+def changed_first(pipeline: Pipeline, change: Callable[[Pass], Pass | None]) -> Pipeline | None:
+    """Change the first pass that stores linears, and those before it that look ahead to its
+    format; None where no pass stores any."""
+    passes: list[Pass] = []
+    for number, one in enumerate(pipeline.passes):
+        changed = change(one)
+        passes.append(changed or one)
+        if changed is not None and not one.looks_ahead:
+            return replace_passes(pipeline, (*passes, *pipeline.passes[number + 1 :]))
+    return None
 
 
 def named_passes(recipe: str | Recipe | Pipeline) -> Pipeline:

@@ -26,7 +26,7 @@ from qc.passes.preview import preview
 from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.nearby import nearest_accepted
 from qc.passes.quantize.round_to_nearest import RoundToNearest
-from qc.passes.recipes import RECIPES
+from qc.passes.recipes import RECIPES, ROUNDING
 from qc.stages import CanonicalModel, resolve_recipe
 from tests.tiny_llama import llama_folder
 
@@ -98,7 +98,7 @@ def test_no_value_is_computed(canonical: CanonicalModel, monkeypatch: pytest.Mon
     assert not canonical.check("cpu", "w4", weights=TOO_MUCH).accepted
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [each.name for each in ROUNDING])
 def test_a_preview_is_the_graph_that_the_passes_return(
     canonical: CanonicalModel, recipe: str
 ) -> None:
@@ -275,3 +275,15 @@ def test_the_command_fails_where_something_is_refused(
     assert not content["accepted"]
     assert content["refusals"][0]["instead"] == "int3·g64 + rank56"
     assert isinstance(CheckReport("", "cpu", 1).to_dict(), dict)
+
+
+def test_a_gpu_has_its_own_kernels_and_predictions(canonical: CanonicalModel) -> None:
+    report = canonical.check("cuda:sm_80+sm_90", "w4a16")
+    assert report.accepted
+    assert all("reference" not in name for row in report.rows for name in row.kernel)
+    assert all(row.speedups[1] > 2 for row in report.rows)  # bytes decide for one row
+    assert all(row.speedups[128] <= row.speedups[1] for row in report.rows)
+    one = canonical.check("cuda:sm_90", "w4a16").cost
+    assert one is not None
+    assert report.cost is not None
+    assert report.cost.kernels > one.kernels  # each architecture is compiled for

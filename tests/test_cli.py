@@ -1,7 +1,8 @@
-"""The four commands on a tiny llama folder, as a user types them."""
+"""The commands on a tiny llama folder, as a user types them."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -180,3 +181,28 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert all(command in said for command in ("compile", "run", "eval", "inspect"))
+
+
+def test_explain_measures_or_reads(
+    folder: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20, encoding="utf-8")
+    data = ["--calibration", text, "--max-seq-length", 32, "--num-calibration-samples", 4]
+    page = tmp_path / "page.html"
+    said = say(capsys, "explain", folder, "--recipe", "w2", *data, "--quiet", "--html", page)
+    assert "round_to_nearest" in said
+    assert "KL from the original" in said
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+    kept = tmp_path / "explained.qc"
+    options = ["--target", "torch-w2", *data, "--explain", "--quiet", "-o", kept]
+    assert say(capsys, "compile", folder, *options) == ""
+    figures = json.loads(say(capsys, "explain", kept, "--json"))
+    assert figures["layers"][0]["divergence"] > 0
+    assert (
+        qc.load(kept).explain().to_dict()["layers"] == qc.load(kept).explain().to_dict()["layers"]
+    )
+
+    assert main(["explain", str(place)]) == 1
+    assert "--explain" in capsys.readouterr().err

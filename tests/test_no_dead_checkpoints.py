@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from qc.backends.tvm.kernel import Kernel, Region, region_of
+from qc.backends.region import Region, region_of
+from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.checking.check import Expected, expected
 from qc.errors import FormatError

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import qc
-from qc.backends.tvm.lower import Lowered, lower
+from qc.backends.lowering import Lowered
+from qc.backends.tvm.lower import lower
 from qc.backends.tvm.rules import CPU_RULES
 from qc.errors import QcError
 from qc.ir.target import CPUS

@@ -142,8 +142,12 @@ def kernel_count(graph: Graph, target: Target) -> int:
     """Count the kernels that a planned graph needs: equal regions share one."""
     if target.device == "torch":
         return 0
-    from qc.backends.tvm.kernel import region_of  # loads TVM
-    from qc.backends.tvm.lower import region_key
+    if target.gpu is not None:
+        from qc.checking.gpu import gpu_kernel_count
+
+        return gpu_kernel_count(graph, target)
+    from qc.backends.lowering import region_key
+    from qc.backends.region import region_of
 
     regions = (region_of(node, target) for node in graph.nodes if isinstance(node.op, Fused))
     return len({region_key(region) for region in regions})

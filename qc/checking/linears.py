@@ -20,8 +20,9 @@ from qc.ir.weights.dense import DenseFormat
 from qc.ir.weights.weight import Weight, WeightFormat
 
 if TYPE_CHECKING:
-    from qc.backends.tvm.kernel import Kernel, Region
-    from qc.backends.tvm.linear.matching import LinearRegion
+    from qc.backends.linear_region import LinearRegion
+    from qc.backends.region import Region
+    from qc.backends.tvm.kernel import Kernel
 
 REFERENCE = "reference interpreter"
 SIXTEEN_BITS = WeightFormat((DenseFormat(torch.float16),))
@@ -47,15 +48,26 @@ def linears_of(graph: Graph, target: Target) -> list[PlannedLinear]:
             for node in graph.nodes
             if isinstance(node.op, ops.Linear) and isinstance(node.inputs[1].op, ops.Parameter)
         ]
+    if target.gpu is not None:
+        from qc.checking.gpu import GpuChooser
+
+        on_gpu = GpuChooser(target)
+        return [linear for node in graph.nodes for linear in on_gpu.linears(node)]
     chooser = KernelChooser(target)
     return [linear for node in graph.nodes for linear in chooser.linears(node)]
 
 
 def require_kernels(graph: Graph, target: Target) -> None:
     """Refuse a planned graph with a linear that no kernel computes, without choosing kernels:
-    what the rules for linears match, the last of them takes in any format."""
-    from qc.backends.tvm.kernel import region_of  # loads TVM
-    from qc.backends.tvm.linear.matching import match_linear
+    what the rules for linears match, the last of them takes in any format. For a GPU, refuse what
+    has no kernel, whatever it is: there is no torch between launches."""
+    if target.gpu is not None:
+        from qc.checking.gpu import require_gpu_kernels
+
+        require_gpu_kernels(graph, target)
+        return
+    from qc.backends.linear_region import match_linear
+    from qc.backends.region import region_of
 
     for node in graph.nodes:
         if not isinstance(node.op, Fused):
@@ -93,8 +105,8 @@ class KernelChooser:
 
     def linears(self, node: Node) -> Iterator[PlannedLinear]:
         """Yield the linears inside a fused node that read stored weights."""
-        from qc.backends.tvm.kernel import region_of  # loads TVM
-        from qc.backends.tvm.linear.matching import match_linear
+        from qc.backends.linear_region import match_linear
+        from qc.backends.region import region_of
 
         if not isinstance(node.op, Fused):
             return

@@ -37,7 +37,11 @@ class Work:
     tile: int
 
     def seconds(self, rows: int, target: Target, cores: int) -> float:
-        """Return the longer of reading and computing, on all cores."""
+        """Return the longer of reading and computing, on all cores; on a GPU, where `single` are
+        operations, on the whole of it."""
+        if target.gpu is not None:
+            reading = self.bytes / target.gpu.bandwidth
+            return max(reading, rows * self.single / target.gpu.operations)
         instructions = rows * self.single
         if rows >= self.tile:
             instructions = self.single + rows * self.more

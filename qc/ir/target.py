@@ -1,24 +1,55 @@
 """Targets: facts about a machine, and the default recipe that a target name asks for.
 
-A name is `device[:architecture]-recipe`: "cpu-w4", "cpu:x86_64-v3-w4a16", "torch-f32". It is
-parsed here and nowhere else.
+A name is `device[:architecture]-recipe`: "cpu-w4", "cpu:x86_64-v3-w4a16", "torch-f32",
+"cuda:sm_80+sm_90-w4". It is parsed here and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import ctypes
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 from qc.errors import TargetError, nearest
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What kernel rules may ask about a GPU, or about all GPUs that an artifact is for.
+
+    `products` are the types that its matrix units multiply. `shared` is the most shared memory of
+    a block, in bytes. The last three are nominal, of the largest card of the architecture:
+    multiprocessors, bytes a second from memory, and operations a second of the units on float16.
+    """
+
+    architectures: tuple[str, ...]
+    products: frozenset[str]
+    shared: int
+    multiprocessors: int
+    bandwidth: float
+    operations: float
+
+    def also(self, other: Gpu) -> Gpu:
+        """Return what holds on both."""
+        return Gpu(
+            (*self.architectures, *other.architectures),
+            self.products & other.products,
+            min(self.shared, other.shared),
+            min(self.multiprocessors, other.multiprocessors),
+            min(self.bandwidth, other.bandwidth),
+            min(self.operations, other.operations),
+        )
+
+
+@dataclass(frozen=True)
 class Target:
     """What passes and kernel rules may ask about a machine.
 
-    The last three are for predictions, and nominal: what one core of a typical server of the
-    architecture sustains, not what this machine was measured to do.
+    `gpu` is there for a GPU, the others are for CPUs. The last three of them are for predictions,
+    and nominal: what one core of a typical server of the architecture sustains, not what this
+    machine was measured to do.
     """
 
     device: str
@@ -30,6 +61,7 @@ class Target:
     bytes_per_cycle: float = 4.0
     """From memory."""
     vector_instructions_per_cycle: float = 2.0
+    gpu: Gpu | None = None
 
     def has(self, *features: str) -> bool:
         """Say whether the machine has all of these instruction sets."""
@@ -68,6 +100,28 @@ operation each.
 """
 
 
+AMPERE = frozenset({"f16", "bf16", "int8"})
+ADA = AMPERE | {"f8"}
+BLACKWELL = ADA | {"f4"}
+
+GPUS = {
+    "sm_80": Gpu(("sm_80",), AMPERE, 166_912, 108, 2.04e12, 312e12),
+    "sm_86": Gpu(("sm_86",), AMPERE, 101_376, 84, 0.936e12, 142e12),
+    "sm_89": Gpu(("sm_89",), ADA, 101_376, 128, 1.01e12, 165e12),
+    "sm_90": Gpu(("sm_90",), ADA, 232_448, 132, 3.35e12, 989e12),
+    "sm_100": Gpu(("sm_100",), BLACKWELL, 232_448, 148, 8.0e12, 2250e12),
+    "sm_120": Gpu(("sm_120",), BLACKWELL, 101_376, 170, 1.79e12, 210e12),
+}
+"""Every GPU of NVIDIA by architecture.
+
+Data sheets of A100 80 GB, RTX 3090 and A40, RTX 4090, H100 SXM, B200 and RTX 5090 (dense products
+with float32 sums); shared memory: CUDA C++ Programming Guide, table of compute capabilities.
+"""
+
+ROCM = {"gfx942": Gpu(("gfx942",), AMPERE, 65_536, 304, 5.3e12, 1307e12)}
+"""MI300X: its kernels are compiled, and have not run."""
+
+
 def cpu_features() -> frozenset[str]:
     """Read this machine's instruction sets (Linux); empty where the system does not say."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -93,13 +147,52 @@ def host_cpu() -> Target:
     return fitting[-1]
 
 
+def host_gpu() -> str:
+    """Return the architecture of the first GPU here; that of an H100 where none is.
+
+    TargetError where it is one that no kernel is compiled for.
+    """
+    found = capability_here()
+    if found is None:
+        return "sm_90"
+    name = f"sm_{found}"
+    if name in GPUS:
+        return name
+    older = [known for known in GPUS if known[:-1] == name[:-1] and known <= name]
+    if not older:
+        raise TargetError(f"the GPU here is {name}; kernels are compiled for {', '.join(GPUS)}")
+    return older[-1]
+
+
+def capability_here() -> int | None:
+    """Ask the driver for the compute capability of the first GPU, 90 for 9.0; None without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    asked = ((75, major), (76, minor))  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+    if driver.cuInit(0) or any(
+        driver.cuDeviceGetAttribute(ctypes.byref(into), attribute, 0) for attribute, into in asked
+    ):
+        return None
+    return 10 * major.value + minor.value
+
+
+def gpu_target(device: str, architectures: Sequence[str]) -> Target:
+    """Return the target of an artifact for several architectures: facts that hold on all."""
+    table = GPUS if device == "cuda" else ROCM
+    gpu = reduce(Gpu.also, (table[name] for name in architectures))
+    return Target(device, "+".join(architectures), gpu=gpu)
+
+
 def parse_target(name: str, recipes: Collection[str]) -> tuple[Target, str]:
     """Split a target name into the machine and the name of one of `recipes`.
 
     TargetError lists the nearest known names.
     """
     machine, _, recipe = name.rpartition("-")
-    if recipe in recipes and machine in machine_names():
+    if recipe in recipes and (machine in machine_names() or "+" in machine):
         return parse_machine(machine), recipe
     known = [f"{machine}-{recipe}" for machine in machine_names() for recipe in recipes]
     hint = nearest(name, known) or f"; known are {', '.join(known)}"
@@ -107,7 +200,8 @@ def parse_target(name: str, recipes: Collection[str]) -> tuple[Target, str]:
 
 
 def parse_machine(name: str) -> Target:
-    """Return the machine called `name`: "cpu" (this one), "cpu:x86_64-v3", "torch".
+    """Return the machine called `name`: "cpu" and "cuda" (this one), "cpu:x86_64-v3", "torch",
+    "cuda:sm_80+sm_90" for several in one artifact.
 
     TargetError lists the nearest known names.
     """
@@ -115,7 +209,13 @@ def parse_machine(name: str) -> Target:
         return host_cpu()
     if name == "torch":
         return Target("torch", "host")
-    architecture = name.removeprefix("cpu:")
+    if name == "cuda":
+        return gpu_target("cuda", [host_gpu()])
+    device, _, architecture = name.partition(":")
+    several = architecture.split("+")
+    known = GPUS if device == "cuda" else ROCM if device == "rocm" else {}
+    if len(set(several)) == len(several) and known.keys() >= set(several):
+        return gpu_target(device, [each for each in known if each in several])
     if name in machine_names():
         return CPUS[architecture]
     hint = nearest(name, machine_names()) or f"; known are {', '.join(machine_names())}"
@@ -124,4 +224,5 @@ def parse_machine(name: str) -> Target:
 
 def machine_names() -> list[str]:
     """List every machine that a target name may start with."""
-    return ["cpu", "torch", *(f"cpu:{architecture}" for architecture in CPUS)]
+    gpus = [*(f"cuda:{name}" for name in GPUS), *(f"rocm:{name}" for name in ROCM)]
+    return ["cpu", "cuda", "torch", *(f"cpu:{architecture}" for architecture in CPUS), *gpus]

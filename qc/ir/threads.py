@@ -6,6 +6,7 @@ On a machine that others use too this collapses: repacking a 135M model took 25 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -45,3 +46,14 @@ def side_by_side(
             for _, future in waiting:
                 future.cancel()
             torch.set_num_threads(threads)
+
+
+def return_free_memory() -> None:
+    """Give memory that is free back to the system.
+
+    glibc keeps what threads have freed in a heap for each of them: over the steps of a calibration
+    this came to 1.5 GB beside 1.7 GB in use. Elsewhere this does nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from qc.errors import VerificationError
+from qc.errors import RecipeError, VerificationError
 from qc.ir.graph import Graph
 from qc.ir.target import Target
 from qc.passes.exactness import relative_difference
 from qc.passes.stage import CAPTURED, Stage
+
+if TYPE_CHECKING:
+    from qc.ir.weights.weight import WeightFormat
+    from qc.passes.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,22 @@ class Step:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may know besides the graph: the target, and where to report progress."""
+    """What a pass may know besides the graph: the target, data to calibrate on, and where to
+    report progress."""
 
     target: Target
     progress: Callable[[str, float], None] = lambda text, fraction: None
     log: list[Step] = field(default_factory=list)
+    calibration: Calibration | None = None
+
+    def data(self, one: Pass) -> Calibration:
+        """Return the calibration that `one` needs; RecipeError where there is none."""
+        if self.calibration is None:
+            raise RecipeError(
+                f"pass {one.name} looks at data: run it with a calibration, "
+                "such as Context(target, calibration=Calibration(texts))"
+            )
+        return self.calibration
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,8 @@ class Pass:
     requires: ClassVar[Stage] = CAPTURED
     ensures: ClassVar[Stage] = CAPTURED
     exact: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = False
+    """The pass prepares weights for the format in which a later one stores them."""
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Return the transformed graph."""
@@ -74,6 +91,15 @@ class Pass:
     def refusals(self, graph: Graph) -> list[Refusal]:
         """List the weights that `run` would refuse for their shapes."""
         return []
+
+    def storing(self, format: WeightFormat) -> Pass | None:
+        """Return this pass storing linears in another format; None where it stores none."""
+        return None
+
+    def resized(self, bits: int | None, group: int | None) -> Pass | None:
+        """Return this pass storing linears in so many bits, in groups of so many inputs; None
+        where it has no such size. FormatError where its format does not."""
+        return None
 
     def preview(self, graph: Graph) -> Graph | None:
         """Return what `run` makes of a graph whose matrices have no values: shapes and formats.

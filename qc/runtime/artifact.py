@@ -23,12 +23,15 @@ from numpy.typing import NDArray
 from qc.errors import ArtifactError, ContextLengthError, InputError, UnsupportedError, nearest
 from qc.runtime.arrays import as_array, give_back
 from qc.runtime.executor import Executor, Program
+from qc.runtime.explanation import FIGURES, Explanation, read_explanation
 from qc.runtime.library import Library
 from qc.runtime.machine import check_machine
 from qc.runtime.manifest import (
+    CUDA,
     LIBRARY,
     MANIFEST,
     NATIVE,
+    TORCH,
     WEIGHTS,
     KernelStep,
     Manifest,
@@ -41,7 +44,8 @@ from qc.runtime.package import copy_artifact, file_entry
 from qc.runtime.safetensors_file import SafetensorsFile
 from qc.runtime.sampling import Sampling
 from qc.runtime.session import Session, as_float, generation_of
-from qc.runtime.tables import KernelTime, Profile, Report
+from qc.runtime.strict_json import parse_object
+from qc.runtime.tables import KernelTime, Profile, Report, Verification
 from qc.runtime.text import Message, TextModel, stream_pieces
 
 __all__ = ["Artifact", "load"]
@@ -61,9 +65,9 @@ def load(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    if manifest.executor != NATIVE:
+    if manifest.executor == TORCH:
         raise ArtifactError(f"{folder} runs on {manifest.executor}: load it with qc.load")
-    return open_artifact(folder, manifest, native_program, verify=verify, temporary=temporary)
+    return open_artifact(folder, manifest, compiled_program, verify=verify, temporary=temporary)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -96,6 +100,15 @@ def open_artifact(
     return artifact
 
 
+def compiled_program(folder: Path, manifest: Manifest) -> Program:
+    """Open a program that holds its own machine code."""
+    if manifest.executor == CUDA:
+        from qc.runtime.cuda.executor import open_cuda_program
+
+        return open_cuda_program(folder, manifest)
+    return native_program(folder, manifest)
+
+
 def native_program(folder: Path, manifest: Manifest) -> Program:
     """Open the library and map the weights."""
     has_kernels = any(isinstance(step, KernelStep) for step in manifest.steps)
@@ -110,7 +123,9 @@ def native_program(folder: Path, manifest: Manifest) -> Program:
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
     """Compare the files with the manifest: those it needs are listed, those listed are there."""
-    needed = {LIBRARY: any(isinstance(step, KernelStep) for step in manifest.steps)}
+    native = manifest.executor == NATIVE
+    needed = {LIBRARY: native and any(isinstance(step, KernelStep) for step in manifest.steps)}
+    needed |= {each.file: True for code in manifest.code.values() for each in code.binaries}
     needed[WEIGHTS] = any(value.kind == "weight" for value in manifest.values)
     needed["tokenizer.json"] = manifest.tokenizer
     for name, is_needed in needed.items():
@@ -411,6 +426,16 @@ class Artifact:
         """Return what the compiler did with each layer, and the sums; print it for a table."""
         return Report(self.manifest.report)
 
+    def explain(self) -> Explanation:
+        """Return where the loss of quantization comes from, by layer and by pass, as it was
+        measured when this was compiled with `explain`. Raises InputError where it was not."""
+        if FIGURES not in self.manifest.files:
+            raise InputError(
+                "this artifact holds no explanation: compile it with explain=True (--explain), or "
+                "run `qc explain MODEL` with the same target and recipe"
+            )
+        return read_explanation(parse_object((self.path / FIGURES).read_bytes(), FIGURES))
+
     @property
     def plan(self) -> str:
         """The steps of the program, one a line."""
@@ -498,6 +523,18 @@ class Artifact:
             seconds = [binding.profile(rows.shape[1] + at) for at in range(new_tokens)]
             phases["decode"] = _sum_up(binding.steps, seconds)
         return _profile_of(phases)
+
+    def verify(self) -> Verification:
+        """Run every kernel once on stored inputs and compare with stored outputs; say of each
+        whether it is right. UnsupportedError for artifacts that hold none."""
+        if not self.manifest.golden:
+            raise UnsupportedError(
+                f"this artifact holds no golden outputs: only those for GPUs do, and this one is "
+                f"for {self.manifest.target.name}"
+            )
+        from qc.runtime.cuda.verify import verify_program
+
+        return verify_program(self._program, self.path)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Copy the artifact to `path`, whole or not at all; an artifact there is replaced."""

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qc.errors import ArtifactError, ContextLengthError, InputError
+from qc.runtime.dtypes import DType
 from qc.runtime.expression import Expression, parse_expression
 from qc.runtime.library import Library
 from qc.runtime.manifest import (
@@ -89,25 +90,29 @@ class Program:
             if library is not None
         }
         self.has_state = any(value.kind == "state" for value in manifest.values)
-        self._listings: dict[tuple[bool, ...], Listing] = {}
+        self._listings: dict[tuple[bool, ...], StepList] = {}
 
     def executor(self) -> Executor:
         """Return a new executor of this program, with no tokens in its state."""
         return Executor(self)
 
-    def listing(self, sizes: Mapping[str, int]) -> Listing:
+    def listing(self, sizes: Mapping[str, int]) -> StepList:
         """Return the steps that belong to a call of these sizes."""
         chosen = tuple(
             all(
-                low <= sizes[symbol] and (high is None or sizes[symbol] <= high)
-                for symbol, (low, high) in step.when.items()
+                low <= parse_expression(size)(sizes) <= (2**62 if high is None else high)
+                for size, (low, high) in step.when.items()
             )
             for step in self.manifest.steps
         )
         if chosen not in self._listings:
             steps = [s for s, use in zip(self.manifest.steps, chosen, strict=True) if use]
-            self._listings[chosen] = Listing(self, steps)
+            self._listings[chosen] = self.make_listing(steps)
         return self._listings[chosen]
+
+    def make_listing(self, steps: Sequence[Step]) -> StepList:
+        """Prepare steps for every call that takes them."""
+        return Listing(self, steps)
 
     def sizes_of(self, inputs: Mapping[str, NDArray[Any]], keep: int | None) -> dict[str, int]:
         """Find the symbols from the shapes of all inputs. Raises InputError."""
@@ -173,13 +178,63 @@ class _TensorKey:
     offset: Dim
 
 
-class Listing:
-    """Flatten some steps of a program into tables that hold for all sizes."""
+class StepList:
+    """Some steps of a program, and how long each scratch value is needed."""
 
     def __init__(self, program: Program, steps: Sequence[Step]) -> None:
         self.program = program
         self.steps = steps
         self.values = program.manifest.values
+        self.lifetimes = self._find_lifetimes()
+
+    def _find_lifetimes(self) -> dict[int, tuple[int, int]]:
+        """Return the first and the last step that uses each scratch value."""
+        spans: dict[int, tuple[int, int]] = {}
+        for at, step in enumerate(self.steps):
+            for index in step.reads:
+                if self.values[index].kind == "scratch" and index not in spans:
+                    raise ArtifactError(
+                        f"step {at} reads {self.values[index].name!r} before any step writes it",
+                        origin=step.origin,
+                    )
+            for index in (*step.reads, *step.writes):
+                if self.values[index].kind == "scratch":
+                    spans[index] = (spans.get(index, (at, at))[0], at)
+        return spans
+
+    def place(self, size: Callable[[Dim], int]) -> Placement:
+        """Give every scratch value its place in one arena."""
+        shapes = {
+            index: tuple(size(dim) for dim in value.shape)
+            for index, value in enumerate(self.values)
+            if value.kind in ("input", "output") or index in self.lifetimes
+        }
+        sizes = {
+            index: prod(shape) * self.values[index].element.bytes for index, shape in shapes.items()
+        }
+        planned = list(self.lifetimes.items())
+        offsets, total = plan_arena(
+            [Lifetime(first, last, sizes[index]) for index, (first, last) in planned]
+        )
+        places = {index: offset for (index, _), offset in zip(planned, offsets, strict=True)}
+        return Placement(shapes, sizes, places, total)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The shapes and bytes of what a call uses, by value; where scratch lies in the arena."""
+
+    shapes: Mapping[int, tuple[int, ...]]
+    bytes: Mapping[int, int]
+    offsets: Mapping[int, int]
+    arena: int
+
+
+class Listing(StepList):
+    """Flatten some steps of a program into tables that hold for all sizes."""
+
+    def __init__(self, program: Program, steps: Sequence[Step]) -> None:
+        super().__init__(program, steps)
         keys: dict[_TensorKey, int] = {}
         scalars: dict[str, list[int]] = {}
         types: list[int] = []
@@ -206,26 +261,10 @@ class Listing:
             np.uint64,
         )
         self.scalars = [(parse_expression(text), np.array(at)) for text, at in scalars.items()]
-        self.lifetimes = self._find_lifetimes()
 
     def _key(self, arg: ValueArg) -> _TensorKey:
         shape = self.values[arg.value].shape if arg.shape is None else arg.shape
         return _TensorKey(arg.value, shape, arg.offset)
-
-    def _find_lifetimes(self) -> dict[int, tuple[int, int]]:
-        """Return the first and the last step that uses each scratch value."""
-        spans: dict[int, tuple[int, int]] = {}
-        for at, step in enumerate(self.steps):
-            for index in step.reads:
-                if self.values[index].kind == "scratch" and index not in spans:
-                    raise ArtifactError(
-                        f"step {at} reads {self.values[index].name!r} before any step writes it",
-                        origin=step.origin,
-                    )
-            for index in (*step.reads, *step.writes):
-                if self.values[index].kind == "scratch":
-                    spans[index] = (spans.get(index, (at, at))[0], at)
-        return spans
 
     def segments(self) -> Iterator[tuple[int, int, TorchStep | None]]:
         """Yield runs of kernels (start, end, None) and single torch steps (start, end, step)."""
@@ -279,27 +318,21 @@ class Binding:
     def _place_values(self, arena: Callable[[int], NDArray[np.uint8]]) -> None:
         """Give every value that is used its array."""
         values = self._listing.values
-        shapes = {
-            index: tuple(self._size(dim) for dim in value.shape)
-            for index, value in enumerate(values)
-            if value.kind in ("input", "output") or index in self._listing.lifetimes
-        }
-        sizes = {
-            index: prod(shape) * values[index].element.bytes for index, shape in shapes.items()
-        }
-        planned = list(self._listing.lifetimes.items())
-        offsets, self.arena_bytes = plan_arena(
-            [Lifetime(first, last, sizes[index]) for index, (first, last) in planned]
-        )
-        memory = arena(self.arena_bytes)
+        placement = self._listing.place(self._size)
+        self.arena_bytes = placement.arena
+        memory = arena(placement.arena)
         raw = {
-            index: memory[offset : offset + sizes[index]]
-            for (index, _), offset in zip(planned, offsets, strict=True)
+            index: memory[offset : offset + placement.bytes[index]]
+            for index, offset in placement.offsets.items()
         }
-        raw |= {index: aligned_bytes(sizes[index]) for index in shapes if index not in raw}
+        raw |= {
+            index: aligned_bytes(size)
+            for index, size in placement.bytes.items()
+            if index not in raw
+        }
         self._arrays = {
             index: raw[index].view(values[index].element.numpy).reshape(shape)
-            for index, shape in shapes.items()
+            for index, shape in placement.shapes.items()
         }
         self._arrays |= self._listing.program.weights
         self._arrays |= self._state
@@ -468,7 +501,7 @@ class Executor:
         capacity = max(positions, 2 * self.capacity if batch == self._batch else 0)
         capacity = round_up(min(capacity, limit or capacity), _CONTEXT_MULTIPLE)
         symbols = {"batch": batch, CONTEXT: capacity}
-        state = StateMemory(
+        state = self.make_state(
             [
                 (value.element, tuple(parse_expression(dim)(symbols) for dim in value.shape))
                 for value in program.manifest.values
@@ -493,14 +526,22 @@ class Executor:
         if binding is not None:
             self._bindings.move_to_end(key)
             return binding
-        listing = self.program.listing(sizes)
-        indices = [i for i, v in enumerate(self.program.manifest.values) if v.kind == "state"]
-        arrays = self._state.arrays if self._state is not None else []
-        binding = Binding(listing, sizes, dict(zip(indices, arrays, strict=True)), self._get_arena)
+        binding = self.make_binding(self.program.listing(sizes), sizes)
         self._bindings[key] = binding
         if len(self._bindings) > _KEPT_BINDINGS:
             self._bindings.popitem(last=False)
         return binding
+
+    def make_state(self, layout: Sequence[tuple[DType, tuple[int, ...]]]) -> StateMemory:
+        """Return zeros for the state."""
+        return StateMemory(layout)
+
+    def make_binding(self, listing: StepList, sizes: Mapping[str, int]) -> Binding:
+        """Return a listing with every pointer in place."""
+        assert isinstance(listing, Listing)
+        indices = [i for i, v in enumerate(self.program.manifest.values) if v.kind == "state"]
+        arrays = self._state.arrays if self._state is not None else []
+        return Binding(listing, sizes, dict(zip(indices, arrays, strict=True)), self._get_arena)
 
     def _get_arena(self, size: int) -> NDArray[np.uint8]:
         """Return memory that all bindings share; one that was too small lives with its bindings."""

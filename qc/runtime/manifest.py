@@ -21,15 +21,20 @@ from qc.runtime.expression import Expression, is_symbol_name, parse_expression
 from qc.runtime.strict_json import parse_object
 
 __all__ = [
+    "CUDA",
     "FORMAT",
+    "GOLDEN",
     "LIBRARY",
     "MANIFEST",
     "NATIVE",
     "TORCH",
     "WEIGHTS",
+    "Binary",
+    "Code",
     "Dim",
     "FileEntry",
     "Generate",
+    "GoldenCheck",
     "KernelStep",
     "Manifest",
     "Scalar",
@@ -44,9 +49,10 @@ __all__ = [
 FORMAT = 1
 """Raised by every change that an older reader would misread."""
 
-EXECUTORS = NATIVE, TORCH = "native", "torch"
+EXECUTORS = NATIVE, TORCH, CUDA = "native", "torch", "cuda"
 
 MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "model.so"
+GOLDEN = "golden.safetensors"
 
 Kind = Literal["input", "weight", "state", "scratch", "output"]
 _KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
@@ -130,7 +136,8 @@ class KernelStep:
     """Call a kernel of the library.
 
     `reads` and `writes` list every value among `args` (in both: updated in place). With `when`, the
-    step belongs to a call only if each named symbol lies in its closed range (None: no upper end).
+    step belongs to a call only if each size named, such as "seq" or "batch * seq", lies in its
+    closed range (None: no upper end). `grid` is how many blocks of threads run a kernel of `code`.
     """
 
     kernel: str
@@ -139,6 +146,7 @@ class KernelStep:
     writes: tuple[int, ...]
     origin: str = ""
     when: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    grid: tuple[Dim, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +167,46 @@ class TorchStep:
 
 
 Step = KernelStep | TorchStep
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """Machine code of a kernel for one architecture ("sm_90"), or code that a driver translates
+    for that and later ones ("ptx_80"). `shared` is the shared memory of a block, in bytes."""
+
+    architecture: str
+    file: str
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Describe a GPU kernel: a `function` in files, with blocks of `warps` * 32 threads.
+
+    `parameters` are "pointer", "i32" or "i64", one an argument of the steps that call it. An
+    argument that depends on "past" is a pointer to an i32. `constants` are what the source was
+    compiled with: nothing that runs needs them.
+    """
+
+    function: str
+    warps: int
+    parameters: tuple[str, ...]
+    binaries: tuple[Binary, ...]
+    constants: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenCheck:
+    """Say what some steps must compute: run `steps` with `sizes`, the values of `inputs` taken from
+    tensors of golden.safetensors; then `result` must be the tensor `expected`, up to a `tolerance`
+    relative to its norm."""
+
+    steps: tuple[int, ...]
+    sizes: Mapping[str, int]
+    inputs: Mapping[str, str]
+    result: int
+    expected: str
+    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +243,11 @@ class Manifest:
     tokenizer: bool = False
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     executor: str = NATIVE
-    """Who runs it: "native" walks `steps`; "torch" has none and evaluates graph.json."""
+    """Who runs it: "native" and "cuda" walk `steps`; "torch" has none and evaluates graph.json."""
+    code: Mapping[str, Code] = field(default_factory=dict)
+    """The kernels of a GPU, by name."""
+    golden: tuple[GoldenCheck, ...] = ()
+    """What `qc verify` runs."""
 
     @classmethod
     def parse(cls, raw: bytes) -> Manifest:
@@ -338,6 +390,7 @@ def _read_manifest(content: dict[str, Any]) -> Manifest:
         _read_step(_Record(each, f"step {i}"), values, symbols)
         for i, each in enumerate(top.items("steps"))
     )
+    code = _read_code(top) if top.has("code") else {}
     manifest = Manifest(
         target=_read_target(_Record(top.table("target"), "the target")),
         symbols=tuple(symbols),
@@ -353,6 +406,8 @@ def _read_manifest(content: dict[str, Any]) -> Manifest:
         else False,
         files=_read_files(top) if top.has("files") else {},
         executor=executor,
+        code=code,
+        golden=_read_golden(top, steps, values, symbols) if top.has("golden") else (),
     )
     top.done()
     _check_whole(manifest)
@@ -487,7 +542,8 @@ def _read_step(record: _Record, values: tuple[Value, ...], symbols: Iterable[str
             _read_arg(_Record(each, f"argument {i} of {record.where}"), values, symbols)
             for i, each in enumerate(record.items("args", 256))
         )
-        step = KernelStep(name, read_args, reads, writes, origin, when)
+        grid = _read_grid(record, symbols) if record.has("grid") else ()
+        step = KernelStep(name, read_args, reads, writes, origin, when, grid)
         needed = {arg.value for arg in read_args if isinstance(arg, ValueArg)}
     record.done()
     listed = {*reads, *writes} if isinstance(step, KernelStep) else set(reads)
@@ -508,8 +564,9 @@ def _read_step(record: _Record, values: tuple[Value, ...], symbols: Iterable[str
 def _read_when(record: _Record, symbols: Iterable[str]) -> Mapping[str, tuple[int, int | None]]:
     result: dict[str, tuple[int, int | None]] = {}
     for symbol, span in record.table("when").items():
-        if symbol not in symbols or symbol == PAST:
-            raise ArtifactError(f"{MANIFEST}: {record.where} depends on the symbol {symbol[:60]!r}")
+        size = _read_dim(symbol, symbols, f'"when" of {record.where}')
+        if PAST in size.symbols or not size.symbols:
+            raise ArtifactError(f"{MANIFEST}: {record.where} depends on the size {symbol[:60]!r}")
         match span:
             case [int(low), (int() | None) as high] if type(low) is int and type(high) is not bool:
                 result[symbol] = (low, high)
@@ -518,6 +575,118 @@ def _read_when(record: _Record, symbols: Iterable[str]) -> Mapping[str, tuple[in
                     f'{MANIFEST}: "when" of {record.where} needs ranges [low, high or null]'
                 )
     return result
+
+
+def _read_grid(record: _Record, symbols: Iterable[str]) -> tuple[Dim, ...]:
+    grid = record.items("grid", 3)
+    if len(grid) != 3:
+        raise ArtifactError(f'{MANIFEST}: "grid" of {record.where} must have three sizes')
+    for dim in grid:
+        if PAST in _read_dim(dim, symbols, f"the grid of {record.where}").symbols:
+            raise ArtifactError(f'{MANIFEST}: the grid of {record.where} may not use "{PAST}"')
+    return tuple(grid)
+
+
+_ARCHITECTURE = re.compile("(sm|ptx)_[0-9]{2,3}|gfx[0-9a-f]{3,4}")
+_PARAMETERS = ("pointer", "i32", "i64")
+_MOST_SHARED = 2**20
+
+
+def _read_code(top: _Record) -> dict[str, Code]:
+    found = {}
+    for name, content in top.table("code").items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", name):
+            raise ArtifactError(f"{MANIFEST}: {name[:60]!r} cannot name a kernel")
+        record = _Record(content, f"kernel {name!r}")
+        parameters = record.items("parameters", 256)
+        if any(each not in _PARAMETERS for each in parameters):
+            raise ArtifactError(
+                f"{MANIFEST}: the parameters of kernel {name!r} must be of {', '.join(_PARAMETERS)}"
+            )
+        found[name] = Code(
+            record.take(
+                "function",
+                "the name of a function",
+                lambda v: v if isinstance(v, str) and re.fullmatch(r"\w{1,200}", v) else None,
+            ),
+            record.integer("warps", 1, 32),
+            tuple(parameters),
+            tuple(
+                _read_binary(_Record(each, f"a binary of kernel {name!r}"))
+                for each in record.items("binaries", 64)
+            ),
+            record.take("constants", "numbers and texts by name", _constants)
+            if record.has("constants")
+            else {},
+        )
+        record.done()
+    return found
+
+
+def _constants(content: object) -> dict[str, int | float | bool | str] | None:
+    if not isinstance(content, dict):
+        return None
+    plain = all(isinstance(each, int | float | bool | str) for each in content.values())
+    return content if plain else None
+
+
+def _read_binary(record: _Record) -> Binary:
+    binary = Binary(
+        record.take(
+            "architecture",
+            'an architecture, such as "sm_90"',
+            lambda v: v if isinstance(v, str) and _ARCHITECTURE.fullmatch(v) else None,
+        ),
+        record.take(
+            "file",
+            "the name of a file",
+            lambda v: v if isinstance(v, str) and is_file_name(v) else None,
+        ),
+        record.integer("shared", 0, _MOST_SHARED),
+    )
+    record.done()
+    return binary
+
+
+def _read_golden(
+    top: _Record, steps: tuple[Step, ...], values: tuple[Value, ...], symbols: Iterable[str]
+) -> tuple[GoldenCheck, ...]:
+    return tuple(
+        _read_check(_Record(each, f"golden check {i}"), steps, values, symbols)
+        for i, each in enumerate(top.items("golden"))
+    )
+
+
+def _read_check(
+    record: _Record, steps: tuple[Step, ...], values: tuple[Value, ...], symbols: Iterable[str]
+) -> GoldenCheck:
+    numbers = record.items("steps", 64)
+    if not numbers or any(type(each) is not int or not 0 <= each < len(steps) for each in numbers):
+        raise record.fail("steps", f"numbers of the {len(steps)} steps")
+    sizes = record.table("sizes")
+    for symbol, size in sizes.items():
+        if symbol not in symbols or type(size) is not int or not 0 <= size <= _MOST_CONTEXT:
+            raise ArtifactError(f"{MANIFEST}: {record.where} gives {symbol[:60]!r} no size")
+    inputs = record.table("inputs")
+    for index, tensor in inputs.items():
+        number = int(index) if re.fullmatch("[0-9]{1,9}", index) else -1
+        _check_index(number, values, f'"inputs" of {record.where}')
+        if not isinstance(tensor, str):
+            raise record.fail("inputs", "names of tensors by values")
+    check = GoldenCheck(
+        tuple(numbers),
+        sizes,
+        inputs,
+        _check_index(record.take("result", "a value", lambda v: v), values, record.where),
+        record.text("expected"),
+        record.take(
+            "tolerance",
+            "a number from 0 to 1",
+            lambda v: float(v) if type(v) in (int, float) and 0 <= v <= 1 else None,
+        ),
+    )
+    record.done()
+    return check
 
 
 def _read_arg(
@@ -671,8 +840,11 @@ def _check_whole(manifest: Manifest) -> None:
         written.update(step.writes)
     if manifest.executor == TORCH and manifest.steps:
         raise ArtifactError(f"{MANIFEST}: the torch executor takes no steps")
+    if manifest.executor == CUDA:
+        for at, step in enumerate(manifest.steps):
+            _check_launch(at, step, manifest.code)
     for index, value in enumerate(manifest.values):
-        if manifest.executor == NATIVE and value.kind == "output" and index not in written:
+        if manifest.executor != TORCH and value.kind == "output" and index not in written:
             raise ArtifactError(f"{MANIFEST}: no step writes the output {value.name!r}")
     given = {
         parse_expression(dim).text
@@ -689,3 +861,26 @@ def _check_whole(manifest: Manifest) -> None:
     stateful = any(value.kind == "state" for value in manifest.values)
     if stateful and (manifest.context_length is None or manifest.generate is None):
         raise ArtifactError(f"{MANIFEST}: a model with state needs context_length and generate")
+
+
+def _check_launch(at: int, step: Step, code: Mapping[str, Code]) -> None:
+    """Compare a launch with the kernel: a wrong argument would be read as an address."""
+    if not isinstance(step, KernelStep):
+        raise ArtifactError(f"{MANIFEST}: step {at} calls torch, which a GPU artifact cannot")
+    if step.kernel not in code:
+        raise ArtifactError(f"{MANIFEST}: step {at} calls the kernel {step.kernel!r}, not in code")
+    if len(step.grid) != 3:
+        raise ArtifactError(f"{MANIFEST}: step {at} ({step.kernel}) has no grid")
+    expected = code[step.kernel].parameters
+    if len(step.args) != len(expected):
+        raise ArtifactError(
+            f"{MANIFEST}: step {at} passes {len(step.args)} arguments; {step.kernel} takes "
+            f"{len(expected)}"
+        )
+    for number, (argument, kind) in enumerate(zip(step.args, expected, strict=True)):
+        moves = isinstance(argument, Scalar) and PAST in parse_expression(argument.symbol).symbols
+        if (isinstance(argument, ValueArg) or moves) != (kind == "pointer"):
+            raise ArtifactError(
+                f"{MANIFEST}: argument {number} of step {at} is no {kind}, "
+                f"which {step.kernel} takes"
+            )

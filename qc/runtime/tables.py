@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["KernelTime", "Profile", "Report", "format_table"]
+__all__ = ["CheckedKernel", "KernelTime", "Profile", "Report", "Verification", "format_table"]
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -106,3 +106,51 @@ class Profile:
                 for row in self.rows
             ]
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedKernel:
+    """Compare what launches computed with what they must: the error is relative to the norm."""
+
+    kernel: str
+    sizes: str
+    error: float
+    tolerance: float
+    origin: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN, too
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Hold what became of every golden check. str() names the wrong ones, or says that all are
+    right."""
+
+    device: str
+    rows: tuple[CheckedKernel, ...]
+
+    @property
+    def wrong(self) -> tuple[CheckedKernel, ...]:
+        return tuple(row for row in self.rows if not row.is_right)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "rows": [asdict(row) | {"right": row.is_right} for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        if not self.wrong:
+            worst = max((row.error for row in self.rows), default=0.0)
+            return (
+                f"{self.device}: all {len(self.rows)} checks are right; the largest relative "
+                f"error is {worst:.1e}"
+            )
+        lines = [
+            f"wrong: {row.kernel} ({row.sizes}), at {row.origin or 'the model'}: relative error "
+            f"{row.error:.1e}, at most {row.tolerance:.1e} is right"
+            for row in self.wrong
+        ]
+        return "\n".join([*lines, f"{self.device}: {len(lines)} of {len(self.rows)} are wrong"])

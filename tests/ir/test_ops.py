@@ -276,3 +276,21 @@ REFUSED: list[tuple[Op, tuple[Tensor, ...], str]] = [
 def test_what_does_not_fit_is_refused(op: Op, values: tuple[Tensor, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(op, *map(placed, values))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("seq", "total"), [(5, 5), (1, 5), (1, 1), (3, 5)])
+def test_attention_as_one_call_is_attention_written_out(causal: bool, seq: int, total: int) -> None:
+    """A window that hides nothing takes the other way to the same values."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, seq, 6, 8, generator=generator)
+    k, v = (torch.randn(2, total, 3, 8, generator=generator) for _ in range(2))
+    one = ops.Attention(0.3, causal)
+    written = ops.Attention(0.3, causal, window=total + 1)
+    assert one.is_plain(seq, total) == (not causal or seq in (1, total))
+    assert not written.is_plain(seq, total)
+    if causal:  # without it a window also looks ahead
+        expected = written.meaning(q, k, v, sizes={})
+    else:
+        expected = ops.Attention(0.3, False, softcap=1e6).meaning(q, k, v, sizes={})
+    torch.testing.assert_close(one.meaning(q, k, v, sizes={}), expected, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qc.errors import ArtifactError
 from qc.runtime import load
 from qc.runtime.expression import parse_expression
 from qc.runtime.manifest import KernelStep, Manifest, Scalar, TorchStep, Value, ValueArg
-from tests.runtime import toy
+from tests.runtime import cuda, toy
 
 
 def content() -> dict[str, Any]:
@@ -100,7 +101,7 @@ def put(path: str, new: Any) -> Any:
         (put("steps.0.reads", [1]), "uses value 'input_ids' without listing it"),
         (put("steps.0.writes", [1, 2]), "writes to the weight 'table'"),
         (put("steps.0.writes", [0, 2]), "writes to the input 'input_ids'"),
-        (put("steps.0.when", {"past": [1, 2]}), "depends on the symbol 'past'"),
+        (put("steps.0.when", {"past": [1, 2]}), "depends on the size 'past'"),
         (put("steps.0.when", {"seq": [1]}), "needs ranges"),
         (put("steps.0.origin", 5), '"origin" of step 0 must be a text'),
         (put("steps.2.reads", [3, 4]), "'y' is read before any step writes it"),
@@ -259,3 +260,58 @@ def test_torch_steps_run_and_are_checked(tmp_path: Path) -> None:
         broken = toy.language_manifest(steps=(*manifest.steps[:3], step))
         with pytest.raises(ArtifactError, match=message):
             load(toy.write_artifact(tmp_path / "b", broken))(ids)
+
+
+def gpu_content() -> dict[str, Any]:
+    """Return the manifest of the toy as a GPU artifact."""
+    parsed: dict[str, Any] = json.loads(cuda.language_manifest().to_json())
+    return parsed
+
+
+def test_launches_are_written_and_read() -> None:
+    manifest = cuda.language_manifest()
+    assert Manifest.parse(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("code.embed", ...), "step 0 calls the kernel 'embed', not in code"),
+        (put("code.embed.warps", 64), '"warps" of kernel .embed. must be an integer from 1 to 32'),
+        (put("code.embed.parameters", ["pointer"]), "step 0 passes 5 arguments; embed takes 1"),
+        (put("code.embed.parameters.0", "i32"), "argument 0 of step 0 is no i32, which embed"),
+        (put("code.embed.parameters.3", "pointer"), "argument 3 of step 0 is no pointer"),
+        (put("code.append.parameters.2", "i32"), "argument 2 of step 1 is no i32"),
+        (put("code.embed.parameters.0", "f32"), "must be of pointer, i32, i64"),
+        (put("code.embed.function", "a b"), "must be the name of a function"),
+        (put("code.embed.binaries.0.file", "../x"), "must be the name of a file"),
+        (put("code.embed.binaries.0.architecture", "sm_x"), "must be an architecture"),
+        (put("code.embed.binaries.0.shared", -1), '"shared" of a binary of kernel .embed. must be'),
+        (put("steps.0.grid", ...), "step 0 .embed. has no grid"),
+        (put("steps.0.grid", [1]), "must have three sizes"),
+        (put("steps.0.grid.0", "past"), 'the grid of step 0 may not use "past"'),
+        (put("steps.0.grid.0", "lines"), "unknown symbol 'lines'"),
+        (put("golden.0.steps", [9]), "numbers of the 4 steps"),
+        (put("golden.0.steps", []), "numbers of the 4 steps"),
+        (put("golden.0.sizes.seq", "3"), "gives 'seq' no size"),
+        (put("golden.0.inputs", {"x": "ids"}), "names value -1 of 6 values"),
+        (put("golden.0.result", 77), "names value 77 of 6 values"),
+        (put("golden.0.tolerance", 2), "must be a number from 0 to 1"),
+    ],
+)  # fmt: skip
+def test_launches_that_do_not_fit_are_refused(change: Any, message: str) -> None:
+    hostile = gpu_content()
+    change(hostile)
+    with pytest.raises(ArtifactError, match=message):
+        Manifest.parse(json.dumps(hostile).encode())
+
+
+def test_a_launch_may_depend_on_products_of_sizes() -> None:
+    first, *rest = cuda.language_manifest().steps
+    steps = (replace(first, when={"batch * seq": (1, 4)}), *rest)
+    manifest = cuda.language_manifest(steps=steps)
+    assert Manifest.parse(manifest.to_json()) == manifest
+    hostile = json.loads(manifest.to_json())
+    hostile["steps"][0]["when"] = {"7": [1, 2]}
+    with pytest.raises(ArtifactError, match="depends on the size '7'"):
+        Manifest.parse(json.dumps(hostile).encode())

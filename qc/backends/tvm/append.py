@@ -9,8 +9,9 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from qc.backends.region import RESULT, Region
 from qc.backends.tvm.function import Function, build, for_each, integer, known_product, pieces, span
-from qc.backends.tvm.kernel import RESULT, Kernel, KernelRule, Region
+from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.backends.tvm.vector_math import TVM_NAMES, bind, convert
 from qc.ir import ops
 from qc.ir.fused import Fused

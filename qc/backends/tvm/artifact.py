@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from qc.backends.artifact import ArtifactFacts, generation_facts, required_features, tokenizer_files
+from qc.backends.lowering import Lowered
 from qc.backends.tvm.build import Progress, write_program
-from qc.backends.tvm.lower import Lowered, lower
+from qc.backends.tvm.kernel import Kernel
+from qc.backends.tvm.lower import lower
 from qc.backends.tvm.rules import CPU_RULES
 from qc.ir.graph import Graph
 from qc.ir.target import Target
@@ -29,7 +31,7 @@ def write_native_artifact(
         writer.finish(manifest_of(lowered, facts, bool(tokenizer)))
 
 
-def manifest_of(lowered: Lowered, facts: ArtifactFacts, has_tokenizer: bool) -> Manifest:
+def manifest_of(lowered: Lowered[Kernel], facts: ArtifactFacts, has_tokenizer: bool) -> Manifest:
     """Describe a lowered program."""
     states = sum(value.kind == "state" for value in lowered.values)
     stayed = [{"op": op, "origin": origin} for op, origin in lowered.on_torch]

@@ -13,6 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from qc.backends.region import Region
 from qc.backends.tvm.append import (
     Read,
     cache_shape,
@@ -24,7 +25,7 @@ from qc.backends.tvm.append import (
     row_reader,
 )
 from qc.backends.tvm.function import Function, build, integer, span
-from qc.backends.tvm.kernel import Kernel, KernelRule, Region
+from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.backends.tvm.vector_math import TVM_NAMES, convert, spread
 from qc.ir import ops
 from qc.ir.node import Node

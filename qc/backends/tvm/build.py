@@ -8,24 +8,19 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import tvm
 
 import qc.runtime
+from qc.backends.lowering import Lowered
+from qc.backends.stored import tensor_sources
 from qc.backends.tvm.kernel import Kernel
-from qc.backends.tvm.lower import Lowered
 from qc.errors import TargetError
 from qc.ir.target import Target
-from qc.ir.threads import side_by_side
-from qc.ir.types import DTYPE_NAMES
 from qc.runtime.manifest import LIBRARY
 from qc.runtime.package import ArtifactWriter
-from qc.runtime.safetensors_file import TensorSource
 
 Progress = Callable[[str, float], None]
 UNNEEDED_PASSES = ["s_tir.CompactBufferAllocation"]
@@ -66,7 +61,7 @@ def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> N
 
 
 @contextmanager
-def running(arguments: Sequence[str | Path]) -> Iterator[subprocess.Popen[str]]:
+def running(arguments: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
     """Start the C compiler; it does not outlive the block. TargetError where there is none."""
     command = [*c_compiler(), *map(str, arguments)]
     try:
@@ -104,7 +99,7 @@ def c_compiler() -> list[str]:
     raise TargetError("no C compiler is installed (tried cc, gcc and clang); building needs one")
 
 
-def write_program(lowered: Lowered, writer: ArtifactWriter, progress: Progress) -> None:
+def write_program(lowered: Lowered[Kernel], writer: ArtifactWriter, progress: Progress) -> None:
     """Put the weights, the library and the kernels' sources into an artifact."""
     progress("compile kernels", 0.0)
     library = writer.file(LIBRARY)
@@ -113,28 +108,3 @@ def write_program(lowered: Lowered, writer: ArtifactWriter, progress: Progress) 
     for name, kernel in lowered.kernels.items():
         writer.add(f"source/{name}.py", kernel.function.script().encode())
     writer.add_weights(dict(tensor_sources(lowered, progress)))
-
-
-def tensor_sources(lowered: Lowered, progress: Progress) -> Iterator[tuple[str, TensorSource]]:
-    """Promise every stored array, computed shortly before its turn to be written comes."""
-    promised = {v.tensor: v for v in lowered.values if v.tensor is not None}
-    computed = side_by_side(lambda name: as_numpy(lowered.arrays[name]()), lowered.arrays)
-
-    def load(name: str, number: int) -> np.ndarray[Any, Any]:
-        progress("write weights", number / len(promised))
-        written, array = next(computed)
-        assert written == name, "arrays are written in the order in which they are computed"
-        return array
-
-    for number, name in enumerate(lowered.arrays):
-        shape = tuple(int(d) for d in promised[name].shape)
-        yield name, TensorSource(promised[name].dtype, shape, partial(load, name, number))
-
-
-def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return the bytes of a tensor as numpy, which lacks bfloat16."""
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    assert tensor.dtype in DTYPE_NAMES or tensor.dtype == torch.uint16
-    return tensor.numpy()

@@ -15,9 +15,10 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from qc.backends.region import Region
 from qc.backends.tvm.append import is_cache
 from qc.backends.tvm.function import Function, build, for_each, integer, known_product, span, store
-from qc.backends.tvm.kernel import Kernel, KernelRule, Region
+from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
 from qc.backends.tvm.linear.stored import laid_out_of, plain_layouts
 from qc.backends.tvm.linear.term import STORED_NAMES
@@ -33,6 +34,7 @@ from qc.backends.tvm.vector_math import (
     spread,
 )
 from qc.ir import ops
+from qc.ir.axes import matching_axes
 from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim, element_count
 from qc.ir.weights.expression import COL, ROW, Expr
@@ -275,28 +277,6 @@ def broadcast(index: tuple[Coordinate, ...], shape: tuple[Dim, ...]) -> tuple[Co
         integer(0) if dim == 1 else coordinate
         for dim, coordinate in zip(shape, index[-len(shape) :], strict=True)
     )
-
-
-def matching_axes(
-    old: tuple[Dim, ...], new: tuple[Dim, ...]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Group the axes of two shapes of equal size, from the left, into the smallest groups with
-    equal products; axes of size 1 at the end join the last group."""
-    groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        start = i, j
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        cuts = [
-            (a, b)
-            for a in range(i, len(old) + 1)
-            for b in range(j, len(new) + 1)
-            if element_count(old[start[0] : a]) == element_count(new[start[1] : b])
-            and element_count(old[a:]) == element_count(new[b:])
-        ]
-        i, j = min(cuts, key=sum) if cuts else (len(old), len(new))
-        groups.append((tuple(range(start[0], i)), tuple(range(start[1], j))))
-    return groups
 
 
 def elementwise(region: Region) -> Kernel | None:

@@ -18,15 +18,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.kernel import (
-    RESULT,
-    Argument,
-    ArrayArgument,
-    Kernel,
-    Region,
-    Repack,
-    SizeArgument,
-)
+from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgument
+from qc.backends.tvm.kernel import Argument, Kernel
 from qc.backends.tvm.vector_math import TVM_NAMES, bind
 from qc.ir.node import Node
 from qc.ir.types import Dim, element_count, symbol

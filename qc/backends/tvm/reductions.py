@@ -14,6 +14,7 @@ import torch
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from qc.backends.region import Region
 from qc.backends.tvm.append import is_cache
 from qc.backends.tvm.function import (
     Function,
@@ -27,7 +28,7 @@ from qc.backends.tvm.function import (
     store,
     tree_reduce,
 )
-from qc.backends.tvm.kernel import Kernel, Region
+from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.vector_math import TVM_NAMES, bind, convert, exp, spread
 from qc.ir import ops
 from qc.ir.node import Node

@@ -14,6 +14,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from qc.backends.region import RESULT, Region
 from qc.backends.tvm.append import is_cache
 from qc.backends.tvm.function import (
     Function,
@@ -29,7 +30,7 @@ from qc.backends.tvm.function import (
     walk,
 )
 from qc.backends.tvm.hadamard import rotate
-from qc.backends.tvm.kernel import RESULT, Kernel, KernelRule, Region
+from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.backends.tvm.vector_math import (
     ELEMENTWISE,
     TVM_NAMES,

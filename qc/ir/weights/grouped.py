@@ -21,16 +21,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from qc.ir.weights.expression import Const, Expr, Load, ToFloat
+from qc.ir.weights.grouped_rounding import GroupedRounding
 from qc.ir.weights.notation import refuse_rest, take_argument, take_tile, take_word
 from qc.ir.weights.packing import code_at, pack_codes, row_bytes, unpack_codes
-from qc.ir.weights.scales import decode_floats, dense_floats, floats, store_floats, verify_floats
+from qc.ir.weights.rounding import Ranges
+from qc.ir.weights.scales import (
+    decode_floats,
+    dense_floats,
+    floats,
+    some,
+    store_floats,
+    verify_floats,
+)
 from qc.ir.weights.tiles import Tile
 from qc.ir.weights.weight import ArraySpec, Term, TermFormat
 
@@ -207,6 +216,16 @@ class GroupedFormat(TermFormat):
             packed.append(pack_codes(codes, self.bits_per_code))
         return torch.cat(packed)
 
+    def rounding(self, shape: tuple[int, ...], ranges: Ranges = "extremes") -> GroupedRounding:
+        return GroupedRounding(self, (shape[0], shape[1]), ranges)
+
+    def turned(self) -> GroupedFormat | None:
+        nested = self.scale is not None or self.minimum is not None
+        return None if nested else replace(self, group=self.tile_rows, tile_rows=self.group)
+
+    def resized(self, bits: int | None = None, group: int | None = None) -> GroupedFormat:
+        return replace(self, bits_per_code=bits or self.bits_per_code, group=group or self.group)
+
     @classmethod
     def parse(cls, words: Sequence[str]) -> Self | None:
         head = re.fullmatch(r"(u?)int(\d+)", words[0])
@@ -228,11 +247,6 @@ class GroupedFormat(TermFormat):
         minimum = "" if self.minimum is None else f"·minimum({self.minimum})"
         kind = WORDS[self.offset]
         return f"{sign}int{self.bits_per_code}·{self.tile}{kind}{scale}{minimum}"
-
-
-def some(scale: Tensor) -> Tensor:
-    """Give a group whose weights are all equal the scale 1: it needs one to divide by."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def grouped_term(

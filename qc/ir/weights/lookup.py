@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from qc.ir.weights.expression import Expr, Load
 from qc.ir.weights.notation import argument, refuse_rest, take_argument, take_tile
 from qc.ir.weights.packing import code_at, pack_codes, row_bytes, unpack_codes
+from qc.ir.weights.rounding import Ranges, Rounding
 from qc.ir.weights.scales import (
     decode_floats,
     dense_floats,
@@ -175,6 +176,16 @@ class LookupFormat(TermFormat):
         stored["codes"] = pack_codes(self.tables_last(codes, shape), self.bits_per_code)
         return self.term(shape, stored)
 
+    def rounding(self, shape: tuple[int, ...], ranges: Ranges = "extremes") -> Rounding | None:
+        rows = self.tile.size(shape)[0]
+        plain = self.by is None and self.grid == "means" and rows in (1, shape[0])
+        return LookupRounding(self, (shape[0], shape[1])) if plain else None
+
+    def resized(self, bits: int | None = None, group: int | None = None) -> LookupFormat | None:
+        if group is not None and self.group is None:
+            return None
+        return replace(self, bits_per_code=bits or self.bits_per_code, group=group or self.group)
+
     def largest(self, values: Tensor) -> Tensor:
         """Return max|w| of the tiles of scales."""
         return (self.scale_tile or self.tile).reduced(values.abs(), "amax")
@@ -213,6 +224,44 @@ class LookupFormat(TermFormat):
             return f"nf{self.bits_per_code}·{self.by}{scale}"
         by = "" if self.by is None else f"·by({self.by})"
         return f"lookup{self.bits_per_code}·{self.tile}{by}{scale}"
+
+
+class LookupRounding(Rounding):
+    """Tables column by column: k-means of the weights of a tile, then the nearest value.
+
+    A tile is a row of one group, or all rows of it.
+    """
+
+    def __init__(self, format: LookupFormat, shape: tuple[int, int]) -> None:
+        self.format, self.shape = format, shape
+        self.group = format.tile.size(shape)[1]
+        down, across = format.tile.grid(shape)
+        self.tables = torch.zeros(across, down, 1 << format.bits_per_code)
+        self.codes = torch.zeros(shape[1], shape[0], dtype=torch.uint8)
+
+    def fit(self, first: int, values: Tensor, importance: Tensor) -> None:
+        for start in range(0, len(values), self.group):
+            part = values[start : start + self.group].T  # [out, columns]
+            weight = importance[start : start + self.group].float().T.expand_as(part)
+            shape = (self.tables.shape[1], -1)
+            found = fit_tables(
+                part.reshape(shape), weight.reshape(shape), self.format.bits_per_code
+            )
+            stored = found.clamp(-LARGEST, LARGEST).half().float()
+            self.tables[(first + start) // self.group] = stored
+
+    def round(self, column: int, values: Tensor) -> Tensor:
+        tables = self.tables[column // self.group]
+        codes = codes_of(values.view(len(tables), -1), tables)
+        self.codes[column] = codes.flatten()
+        return tables.gather(1, codes.long()).flatten()
+
+    def term(self) -> Term:
+        stored = {
+            "codes": pack_codes(self.codes.T.contiguous(), self.format.bits_per_code),
+            "table": self.tables.transpose(0, 1).half().contiguous(),
+        }
+        return self.format.term(self.shape, stored)
 
 
 def normal_quantiles(bits: int) -> Tensor:

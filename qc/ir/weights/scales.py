@@ -85,3 +85,8 @@ def rows_of_floats(
     if taken is None:
         return None
     return {f"{name}.{array}": held for array, held in taken.arrays().items()}
+
+
+def some(scale: Tensor) -> Tensor:
+    """Give a group whose weights are all equal the scale 1: it needs one to divide by."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

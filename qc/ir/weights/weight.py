@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch import Tensor
 from qc.ir.types import DTYPE_NAMES
 from qc.ir.weights.expression import COL, ROW, Expr, TorchRendering, rename_arrays, total
 from qc.ir.weights.structure import Structure
+
+if TYPE_CHECKING:
+    from qc.ir.weights.rounding import Ranges, Rounding
 
 ELEMENTS_AT_ONCE = 1 << 22
 """Elements that the generic decoding holds in float32 at a time."""
@@ -89,6 +92,20 @@ class TermFormat(ABC):
 
     def rows(self, term: Term, index: Tensor) -> Term | None:
         """Return the term of some rows alone; None where they cannot be taken apart."""
+        return None
+
+    def rounding(self, shape: tuple[int, ...], ranges: Ranges = "extremes") -> Rounding | None:
+        """Return what rounds a matrix of `shape` column by column; None where nothing does."""
+        return None
+
+    def turned(self) -> TermFormat | None:
+        """Return the format with what lies along the inputs along the outputs and the other way
+        round; None where that is no format."""
+        return None
+
+    def resized(self, bits: int | None = None, group: int | None = None) -> TermFormat | None:
+        """Return the format with other bits a code, or with other groups along the inputs; None
+        where it has none."""
         return None
 
     def term(self, shape: tuple[int, ...], arrays: Mapping[str, Tensor]) -> Term:

@@ -52,5 +52,10 @@ class QuantizeActivations(Pass):
 
 
 def stored_in_few_bits(parameter: Node) -> bool:
-    """Say whether a linear's weight takes fewer than 16 bits an element."""
-    return isinstance(parameter.op, ops.Parameter) and parameter.op.weight.bits_per_element < 16
+    """Say whether a linear's weight takes fewer than 16 bits an element, some of them codes: a
+    branch of low rank in float16 is short, but reads its input as it is."""
+    if not isinstance(parameter.op, ops.Parameter):
+        return False
+    weight = parameter.op.weight
+    has_codes = any(not array.is_floating_point() for array in weight.arrays().values())
+    return has_codes and weight.bits_per_element < 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -17,23 +17,39 @@ from qc.ir.rewrite import substitute
 from qc.ir.threads import side_by_side
 from qc.ir.weights.mapped import Aside
 from qc.ir.weights.notation import parse_weights
+from qc.ir.weights.rounding import Ranges
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.finite import count_unfinite
 from qc.passes.quantize.nearby import nearest_accepted
+from qc.passes.quantize.remainder import (
+    is_unrounded,
+    planned_remainder,
+    remainder,
+    with_remainder,
+)
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
 
 
-def round_to_nearest(values: Tensor, format: WeightFormat) -> tuple[Term, ...]:
+def round_to_nearest(
+    values: Tensor, format: WeightFormat, ranges: Ranges = "extremes"
+) -> tuple[Term, ...]:
     """Store a matrix [out, in] as a sum: each term is nearest to what the terms before it leave.
 
     Terms that take outliers out come first, the others in the order in which they are written.
     """
+    return fitted_in_turn(values, format, lambda term, left: nearest_term_of(term, left, ranges))
+
+
+def fitted_in_turn(
+    values: Tensor, format: WeightFormat, fit: Callable[[TermFormat, Tensor], Term]
+) -> tuple[Term, ...]:
+    """Store a matrix as a sum: `fit(term, what the terms before it leave)` stores each term."""
     order = sorted(range(len(format.terms)), key=lambda i: not format.terms[i].takes_outliers)
     fitted: dict[int, Term] = {}
     left = values.float() if len(order) > 1 else values
     for number, i in enumerate(order):
-        fitted[i] = format.terms[i].nearest(left)
+        fitted[i] = fit(format.terms[i], left)
         if number + 1 < len(order):
             left = left - fitted[i].dense().float()
     return tuple(fitted[i] for i in range(len(order)))
@@ -41,6 +57,32 @@ def round_to_nearest(values: Tensor, format: WeightFormat) -> tuple[Term, ...]:
 
 IN_MEMORY = 1 << 29
 """Bytes of quantized weights that stay in memory; what comes after them waits in a file."""
+
+
+def nearest_term_of(format: TermFormat, values: Tensor, ranges: Ranges) -> Term:
+    """Store a matrix in one term, on grids over the extremes or of the least squared error."""
+    shape = (values.shape[0], values.shape[1])
+    rounding = format.rounding(shape, ranges) if ranges != "extremes" else None
+    return format.nearest(values) if rounding is None else rounding.nearest(values)
+
+
+def resized(format: WeightFormat, bits: int | None, group: int | None) -> WeightFormat:
+    """Return a sum with its first term of codes in other sizes; FormatError where none has any."""
+    if bits is None and group is None:
+        return format
+    for number, term in enumerate(format.terms):
+        changed = term.resized(bits, group)
+        if changed is not None:
+            return WeightFormat((*format.terms[:number], changed, *format.terms[number + 1 :]))
+    asked = [f"{bits} bits"] * (bits is not None) + [f"groups of {group}"] * (group is not None)
+    raise FormatError(f"{format} cannot have {' and '.join(asked)}: give the weights as a format")
+
+
+def as_weight_format(format: WeightFormat | TermFormat | str) -> WeightFormat:
+    """Return a format given as one term, or as it is printed."""
+    if isinstance(format, str):
+        return parse_weights(format)
+    return WeightFormat((format,)) if isinstance(format, TermFormat) else format
 
 
 @dataclass(frozen=True)
@@ -52,7 +94,10 @@ class RoundToNearest(Pass):
 
     Lossy: minimises the error of each weight by itself, see `nearest` of the format; in a sum, each
     term stores what the others leave. A table that an embedding shares with a linear stays as it is
-    for the embedding. `format` may be given as it is printed: "int3·g64 + rank16".
+    for the embedding. Of a weight that has been decomposed, what is left is stored. `format` may be
+    given as it is printed: "int3·g64 + rank16". `ranges` lays the grid of a group over its
+    extremes, or where its squared error is least ("mse"). Without `heads`, linears whose result is
+    an output of the graph stay as they are.
     """
 
     name: ClassVar[str] = "round_to_nearest"
@@ -60,16 +105,30 @@ class RoundToNearest(Pass):
     ensures: ClassVar[Stage] = QUANTIZED
     exact: ClassVar[bool] = False
     format: WeightFormat
+    ranges: Ranges = "extremes"
+    heads: bool = True
 
-    def __init__(self, format: WeightFormat | TermFormat | str) -> None:
-        if isinstance(format, str):
-            format = parse_weights(format)
-        elif isinstance(format, TermFormat):
-            format = WeightFormat((format,))
-        object.__setattr__(self, "format", format)
+    def __init__(
+        self,
+        format: WeightFormat | TermFormat | str,
+        ranges: Ranges = "extremes",
+        heads: bool = True,
+    ) -> None:
+        object.__setattr__(self, "format", as_weight_format(format))
+        object.__setattr__(self, "ranges", ranges)
+        object.__setattr__(self, "heads", heads)
 
     def __repr__(self) -> str:
-        return f"RoundToNearest({str(self.format)!r})"
+        ranges = "" if self.ranges == "extremes" else f", {self.ranges!r}"
+        heads = "" if self.heads else ", heads=False"
+        return f"RoundToNearest({str(self.format)!r}{ranges}{heads})"
+
+    def storing(self, format: WeightFormat) -> RoundToNearest:
+        """Return the pass for another format."""
+        return RoundToNearest(format, self.ranges, self.heads)
+
+    def resized(self, bits: int | None, group: int | None) -> RoundToNearest:
+        return self.storing(resized(self.format, bits, group))
 
     def refusals(self, graph: Graph) -> list[Refusal]:
         found = (refusal_of(parameter, self.format) for parameter in self.parameters(graph))
@@ -94,42 +153,60 @@ class RoundToNearest(Pass):
 
     def parameters(self, graph: Graph) -> list[Node]:
         """List the parameters to store."""
-        return list(dict.fromkeys(linear.inputs[1] for linear in quantizable_linears(graph)))
+        return list(dict.fromkeys(linear.inputs[1] for linear in self.linears(graph)))
+
+    def linears(self, graph: Graph) -> list[Node]:
+        """List the linears that read them."""
+        found = quantizable_linears(graph)
+        return [each for each in found if self.heads or each not in graph.outputs]
 
     def replaced(self, graph: Graph, quantized: dict[Node, Node]) -> Graph:
         """Let the linears read other parameters."""
-        replacements = {
-            linear: make(
-                linear.op,
-                linear.inputs[0],
-                quantized[linear.inputs[1]],
-                *linear.inputs[2:],
-                origin=linear.origin.touched_by(self.name),
-            )
-            for linear in quantizable_linears(graph)
-        }
-        return substitute(graph, replacements)
+        return read_by_linears(graph, self.linears(graph), quantized, self.name)
 
     def planned(self, parameter: Node) -> Node:
         """Return the parameter without values, in the format."""
-        assert isinstance(parameter.op, ops.Parameter)
-        weight = parameter.op.weight
-        refused = refusal_of(parameter, self.format)
-        if refused is not None:
-            raise FormatError(str(refused))
-        stored = self.format.planned(weight.name, weight.shape, weight.dtype)
-        return make(ops.Parameter(stored), origin=parameter.origin)
+        return planned_in(parameter, self.format)
 
     def quantize(self, parameter: Node, aside: Aside) -> Node:
         """Return the parameter with its values rounded, kept in memory or put aside."""
         assert isinstance(parameter.op, ops.Parameter)
         weight = parameter.op.weight
-        values = weight.dense()
+        values = remainder(weight)
         require_finite(values, weight)
-        terms = round_to_nearest(values, self.format)
+        terms = round_to_nearest(values, self.format, self.ranges)
         require_storable(terms, weight)
-        stored = aside.place(Weight(weight.name, weight.shape, terms, weight.dtype))
-        return make(ops.Parameter(stored), origin=parameter.origin)
+        return make(
+            ops.Parameter(aside.place(with_remainder(weight, terms))), origin=parameter.origin
+        )
+
+
+def planned_in(parameter: Node, format: WeightFormat) -> Node:
+    """Return a parameter without values in a format; FormatError where it cannot be stored so."""
+    assert isinstance(parameter.op, ops.Parameter)
+    weight = parameter.op.weight
+    refused = refusal_of(parameter, format)
+    if refused is not None:
+        raise FormatError(str(refused))
+    stored = planned_remainder(weight, format)
+    return make(ops.Parameter(stored), origin=parameter.origin)
+
+
+def read_by_linears(
+    graph: Graph, linears: Iterable[Node], stored: Mapping[Node, Node], name: str
+) -> Graph:
+    """Let linears read other parameters; `name` is noted in their origins."""
+    replacements = {
+        linear: make(
+            linear.op,
+            linear.inputs[0],
+            stored[linear.inputs[1]],
+            *linear.inputs[2:],
+            origin=linear.origin.touched_by(name),
+        )
+        for linear in linears
+    }
+    return substitute(graph, replacements)
 
 
 def refusal_of(parameter: Node, format: WeightFormat) -> Refusal | None:
@@ -165,12 +242,12 @@ def require_storable(terms: tuple[Term, ...], weight: Weight) -> None:
 
 
 def quantizable_linears(graph: Graph) -> Iterator[Node]:
-    """Yield the linears whose weight is stored in 16 bits or more."""
+    """Yield the linears whose weight is plain values of 16 bits or more."""
     for node in graph.nodes:
         if not isinstance(node.op, ops.Linear):
             continue
         parameter = node.inputs[1].op
-        if isinstance(parameter, ops.Parameter) and parameter.weight.bits_per_element >= 16:
+        if isinstance(parameter, ops.Parameter) and is_unrounded(parameter.weight):
             yield node
 
 

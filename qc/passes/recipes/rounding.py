@@ -15,7 +15,10 @@ from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.quantize.tables import StoreTables
 from qc.passes.recipes.recipe import Recipe
 
-STORE = (StoreTables("int8·row"), ExplicitCache(torch.float16))
+CACHE_16 = (ExplicitCache(torch.float16),)
+TABLES_16 = (StoreTables("f16"),)
+STORE_16 = (*TABLES_16, *CACHE_16)
+STORE = (StoreTables("int8·row"), *CACHE_16)
 INT8_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, 32)),)
 
 W8A16 = Recipe("w8a16", (*STORE, RoundToNearest(GroupedFormat(8, 32, "symmetric"))))

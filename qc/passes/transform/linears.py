@@ -37,12 +37,27 @@ def values_of(linear: Node) -> Tensor:
     return parameter.weight.dense().float()
 
 
+def parameter_name(linear: Node) -> str:
+    """Return the name of the weight of a linear."""
+    parameter = linear.inputs[1].op
+    assert isinstance(parameter, ops.Parameter)
+    return parameter.weight.name
+
+
 def storing(parameter: Node, values: Tensor) -> Node:
     """Return a parameter of the same name with other values, in float32: a 16-bit dtype would
     round them."""
     assert isinstance(parameter.op, ops.Parameter)
     weight = dense_weight(parameter.op.weight.name, values.float().contiguous())
     return make(ops.Parameter(weight), origin=parameter.origin)
+
+
+def storing_as(parameter: Node, values: Tensor) -> Node:
+    """Return a parameter of the same name and dtype with other values."""
+    assert isinstance(parameter.op, ops.Parameter)
+    weight = parameter.op.weight
+    changed = dense_weight(weight.name, values.to(weight.dtype).contiguous())
+    return make(ops.Parameter(changed), origin=parameter.origin)
 
 
 def reading(linear: Node, x: Node, weight: Node, name: str) -> Node:

@@ -16,7 +16,13 @@ from qc.ir.rewrite import substitute
 from qc.ir.weights.dense import dense_weight
 from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import CANONICAL, Stage
-from qc.passes.transform.linears import reading, storing, targeted, values_of
+from qc.passes.transform.linears import (
+    parameter_name,
+    reading,
+    storing,
+    targeted,
+    values_of,
+)
 
 NAME = "smooth_inputs"
 
@@ -45,13 +51,6 @@ def smoothed_together(linears: Sequence[Node], scales: Tensor) -> list[Node]:
     narrowed = make(ops.Binary("mul"), x, vector, origin=x.origin.touched_by(NAME))
     grown = [storing(n.inputs[1], values_of(n) / inverse.double()) for n in linears]
     return [reading(n, narrowed, w, NAME) for n, w in zip(linears, grown, strict=True)]
-
-
-def parameter_name(linear: Node) -> str:
-    """Return the name of the weight of a linear."""
-    parameter = linear.inputs[1].op
-    assert isinstance(parameter, ops.Parameter)
-    return parameter.weight.name
 
 
 @dataclass(frozen=True)

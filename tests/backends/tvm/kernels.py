@@ -10,7 +10,8 @@ import torch
 import tvm
 from torch import Tensor
 
-from qc.backends.tvm.kernel import RESULT, ArrayArgument, Kernel, KernelRule, Region, SizeArgument
+from qc.backends.region import RESULT, ArrayArgument, Region, SizeArgument
+from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.ir.fused import Fused, fuse
 from qc.ir.meaning import evaluate_nodes
 from qc.ir.node import Node, make

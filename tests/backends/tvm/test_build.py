@@ -12,7 +12,8 @@ import tvm
 from torch import nn
 
 import qc
-from qc.backends.tvm.build import as_numpy, c_compiler, llvm_target
+from qc.backends.stored import as_numpy
+from qc.backends.tvm.build import c_compiler, llvm_target
 from qc.errors import TargetError
 from qc.ir.target import CPUS
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 import qc
 from qc.backends.artifact import ArtifactFacts
+from qc.backends.lowering import Lowered
+from qc.backends.region import Region
 from qc.backends.tvm.artifact import manifest_of
 from qc.backends.tvm.build import write_program
-from qc.backends.tvm.kernel import Kernel, KernelRule, Region
-from qc.backends.tvm.lower import Lowered, lower
+from qc.backends.tvm.kernel import Kernel, KernelRule
+from qc.backends.tvm.lower import lower
 from qc.backends.tvm.rules import CPU_RULES
 from qc.errors import UnsupportedError
 from qc.ir.graph import Graph

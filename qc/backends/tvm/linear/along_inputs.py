@@ -19,10 +19,27 @@ from qc.backends.tvm.linear.rendering import StoredArray, VectorRendering
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.stored import laid_out
 from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel
-from qc.backends.tvm.linear.vectors import added, float_lanes, span, splat, sum_of_lanes
+from qc.backends.tvm.linear.vectors import (
+    added,
+    float_lanes,
+    prefetch,
+    span,
+    splat,
+    sum_of_lanes,
+)
 from qc.ir.weights.expression import Code, Const, Expr, Load, walk
 
 CHAINS = 8  # sums of an output: two additions a cycle, each ready after four
+
+PREFETCH_BYTES = 2048
+"""How far ahead codes are asked for: a few rows. A row's codes are read in too small bites for the
+processor to run ahead of them by itself."""
+
+
+def prefetch_codes(codes: Any, output: Any, start: Any, size: int) -> None:
+    """Ask for the codes that follow those of a step of `size` bytes, some steps later."""
+    for line in range(0, size, 64):
+        prefetch(T.address_of(codes[output, start + (PREFETCH_BYTES + line)]))
 
 
 class OutputReader(Protocol):

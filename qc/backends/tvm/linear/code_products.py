@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qc.backends.tvm.linear.forms import is_float
 from qc.backends.tvm.linear.layout import BLOCK, STEP
 from qc.backends.tvm.linear.plan import BLOCK_INDEX
 from qc.ir.weights.affine import simplify
@@ -30,6 +29,7 @@ from qc.ir.weights.expression import (
     substitute_indices,
     walk,
 )
+from qc.ir.weights.factored import is_float
 
 CODE = Index("code")
 """Stands for the code of the element in `CodePart.value`."""

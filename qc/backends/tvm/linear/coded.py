@@ -18,7 +18,6 @@ from tvm.tirx.script import builder as T
 from qc.backends.tvm.linear.code_lanes import CodeLanes, LaneReader
 from qc.backends.tvm.linear.code_products import CodePart, CodeProducts, code_products
 from qc.backends.tvm.linear.code_values import CodeValues, Planes, choose_values
-from qc.backends.tvm.linear.forms import STEP as NUMBER
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK, STEP
 from qc.backends.tvm.linear.panels import add_tile, new_panel, reader_of
@@ -47,6 +46,7 @@ from qc.ir.weights.expression import (
     substitute_indices,
     walk,
 )
+from qc.ir.weights.factored import STEP as NUMBER
 
 CHAINS = 2  # sums of each vector of outputs: with two or four vectors, enough to hide latency
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.forms import STEP, FormPart, factored
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.panels import add_tile, clear_outputs, new_panel, reader_of
@@ -20,6 +19,7 @@ from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.term import STORED_NAMES, Place, Products, TermKernel, held
 from qc.backends.tvm.linear.vectors import float_lanes, span, splat, sum_of_lanes
 from qc.ir.weights.expression import COL, ROW, Const, Expr, is_structural
+from qc.ir.weights.factored import STEP, FormPart, factored
 
 CHAINS = 4  # independent sums of a step: hides the latency of multiply-add
 

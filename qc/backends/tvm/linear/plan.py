@@ -15,7 +15,6 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from qc.backends.tvm.linear.forms import STEP, FormPart, columns_of_step, factored
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.rendering import MOST_PERMUTED, reads_data, varies
 from qc.ir.weights.affine import Affine, affine_of, simplify
@@ -32,6 +31,7 @@ from qc.ir.weights.expression import (
     substitute_indices,
     walk,
 )
+from qc.ir.weights.factored import STEP, FormPart, columns_of_step, factored
 from qc.ir.weights.weight import ArraySpec
 
 WIDTHS = (32, 16, 8)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.along_inputs import AlongInputs
+from qc.backends.tvm.linear.along_inputs import AlongInputs, prefetch_codes
 from qc.backends.tvm.linear.bit_serial_reader import shuffled
 from qc.backends.tvm.linear.code_products import CODE, TABLE_BITS, in_segments, own_code, replaced
 from qc.backends.tvm.linear.code_values import PLANES, TABLE, Planes
@@ -24,7 +24,7 @@ from qc.backends.tvm.linear.codes import Part
 from qc.backends.tvm.linear.layout import ROWS_AT_ONCE, STEP, Piece, pieces_of
 from qc.backends.tvm.linear.skeleton import Signature
 from qc.backends.tvm.linear.term import Place, TermKernel
-from qc.backends.tvm.linear.vectors import prefetch, span
+from qc.backends.tvm.linear.vectors import span
 from qc.ir.weights.affine import simplify
 from qc.ir.weights.expression import (
     COL,
@@ -177,9 +177,7 @@ class TableReader:
         """Yield the float32 vectors of a step."""
         codes, planes, lanes = self.kernel.codes, self.kernel.planes, self.kernel.lanes
         start = T.Bind(step * codes.step_bytes)
-        for line in range(0, codes.step_bytes, 64):
-            ahead = start + (PREFETCH_BYTES + line)
-            prefetch(T.address_of(self.codes[self.output, ahead]))
+        prefetch_codes(self.codes, self.output, start, codes.step_bytes)
         tables = self.loaded
         if tables is None:
             assert self.kernel.segment is not None

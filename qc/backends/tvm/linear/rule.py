@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qc.backends.tvm.kernel import Kernel, Region
+from qc.backends.linear_region import LinearRegion, match_linear
+from qc.backends.region import Region
+from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear.amx import TALL, AmxStream, amx_term
 from qc.backends.tvm.linear.bit_factors import bit_factors_term
 from qc.backends.tvm.linear.bit_serial import bit_serial_term
@@ -19,7 +21,6 @@ from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.int8_dot import INT8_TILES, Int8Stream, int8_term
 from qc.backends.tvm.linear.int8_panels import PANEL_TILES, PanelStream, panel_stream
 from qc.backends.tvm.linear.layout import BLOCK
-from qc.backends.tvm.linear.matching import LinearRegion, match_linear
 from qc.backends.tvm.linear.panels import FLOAT_TILES
 from qc.backends.tvm.linear.row_tables import row_tables_term
 from qc.backends.tvm.linear.scalar import scalar_term
@@ -37,6 +38,7 @@ from qc.backends.tvm.linear.structures import chain_term, selected_term
 from qc.backends.tvm.linear.term import Place, TermKernel, TermRule
 from qc.backends.tvm.linear.vectors import float_lanes
 from qc.backends.tvm.linear.windows import windows_term
+from qc.backends.tvm.linear.word_tables import word_tables_term
 from qc.ir.node import Node
 from qc.ir.weights.weight import WeightFormat
 
@@ -52,6 +54,7 @@ FAST_RULES: tuple[TermRule, ...] = (
     bit_factors_term,
     coded_term,
     row_tables_term,
+    word_tables_term,
     windows_term,
     decoded_term,
 )

@@ -11,9 +11,10 @@ import torch
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.kernel import RESULT, Argument, ArrayArgument, Kernel, Repack
+from qc.backends.linear_region import LinearRegion, is_number, is_vector
+from qc.backends.region import RESULT, ArrayArgument, Repack
+from qc.backends.tvm.kernel import Argument, Kernel
 from qc.backends.tvm.linear.inputs import Inputs
-from qc.backends.tvm.linear.matching import LinearRegion, is_number, is_vector
 from qc.backends.tvm.linear.vectors import index, span, splat
 from qc.backends.tvm.vector_math import render
 from qc.ir import ops

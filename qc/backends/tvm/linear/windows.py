@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.along_inputs import AlongInputs, factor_layouts
+from qc.backends.tvm.linear.along_inputs import AlongInputs, factor_layouts, prefetch_codes
 from qc.backends.tvm.linear.bit_serial_reader import shuffled
 from qc.backends.tvm.linear.code_products import factors_of, product
-from qc.backends.tvm.linear.forms import is_float
 from qc.backends.tvm.linear.plan import ArrayLayout
 from qc.backends.tvm.linear.skeleton import Signature
 from qc.backends.tvm.linear.stored import laid_out
@@ -45,6 +44,7 @@ from qc.ir.weights.expression import (
     substitute_indices,
     walk,
 )
+from qc.ir.weights.factored import is_float
 from qc.ir.weights.weight import ArraySpec
 
 VECTOR, WINDOW = Index("vector"), Index("window")
@@ -57,6 +57,9 @@ MOST_BITS = 12
 
 FIRST_CACHE = 1 << 14
 """Bytes of tables that leave room for x and for the codes in 32 KiB."""
+
+LANES = 8
+"""Of vectors of weights: entries that are joined to wider ones cost twice as much (AVX-512)."""
 
 WIDTHS = (32, 64)
 """Columns of a step: so many that a step ends with a byte."""
@@ -129,6 +132,21 @@ def windows_of(
     decode: Expr, shape: tuple[int, int], specs: Mapping[str, ArraySpec], lanes: int
 ) -> Windows | None:
     """View a decode expression as windows; None where it is something else."""
+    lookups = lookups_of(decode, shape)
+    if lookups is None:
+        return None
+    values, factor = lookups
+    halves = all(
+        isinstance(value, Load) and specs[value.array].dtype == torch.float16 for value in values
+    )
+    found = [w for dim in DIMS if dim <= lanes and (w := in_vectors(values, factor, dim, halves))]
+    small = [w for w in found if w.table_bytes <= FIRST_CACHE and widest(w) <= MOST_BITS]
+    return next(iter(small + found[-1:]), None)
+
+
+def lookups_of(decode: Expr, shape: tuple[int, int]) -> tuple[list[Expr], Expr | None] | None:
+    """Take a decode expression apart into values that codes look up, and the factor of the row
+    that they share; None where it is something else."""
     decode = simplify(decode, dict(zip((ROW, COL), shape, strict=True)))
     addends = split(decode)
     factors = {factor for _, factor in addends}
@@ -137,13 +155,7 @@ def windows_of(
     factor = next(iter(factors))
     if factor is not None and COL in walk(factor):
         return None
-    values = [value for value, _ in addends]
-    halves = all(
-        isinstance(value, Load) and specs[value.array].dtype == torch.float16 for value in values
-    )
-    found = [w for dim in DIMS if dim <= lanes and (w := in_vectors(values, factor, dim, halves))]
-    small = [w for w in found if w.table_bytes <= FIRST_CACHE and widest(w) <= MOST_BITS]
-    return next(iter(small + found[-1:]), None)
+    return [value for value, _ in addends], factor
 
 
 def widest(windows: Windows) -> int:
@@ -184,7 +196,7 @@ def is_lookup(value: Expr) -> bool:
 
 
 def in_vectors(
-    values: Sequence[Expr], factor: Expr | None, dim: int, halves: bool
+    values: Sequence[Expr], factor: Expr | None, dim: int, halves: bool = False
 ) -> Windows | None:
     """View values in vectors of `dim` columns; None where those do not repeat."""
     parts, strides, arrays = [], set(), set()
@@ -245,6 +257,10 @@ class WindowsKernel(AlongInputs):
     def work(self) -> float:
         loads = 8 / self.windows.dim * len(self.windows.parts)
         return 1.0 + 3.0 * loads  # counted on AVX2: shift, mask and load for each window
+
+    @property
+    def lanes(self) -> int:
+        return min(LANES, float_lanes(self.place.target))
 
     @property
     def width(self) -> int:
@@ -314,7 +330,9 @@ class Words:
     def __init__(self, reader: WindowReader, step: Any) -> None:
         windows = reader.windows
         self.reader = reader
-        self.start = T.Bind(step * (windows.width // windows.dim * windows.stride // 8))
+        size = windows.width // windows.dim * windows.stride // 8
+        self.start = T.Bind(step * size)
+        prefetch_codes(reader.bits, reader.output, self.start, size)
         self.first = 0
         self.word: Any = None
 
@@ -355,7 +373,7 @@ def windows_term(place: Place) -> TermKernel | None:
     decode = place.format.decode(place.shape, ROW, COL)
     if is_structural(decode) or place.inner == 0:
         return None
-    windows = windows_of(decode, place.shape, place.specs, float_lanes(place.target))
+    windows = windows_of(decode, place.shape, place.specs, min(LANES, float_lanes(place.target)))
     if windows is None:
         return None
     layouts = factor_layouts(windows.factor, place)

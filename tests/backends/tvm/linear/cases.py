@@ -11,7 +11,8 @@ import torch
 import tvm
 from torch import Tensor
 
-from qc.backends.tvm.kernel import RESULT, ArrayArgument, Kernel, KernelRule, Region, region_of
+from qc.backends.region import RESULT, ArrayArgument, Region, region_of
+from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
 from qc.ir.node import Node, make

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qc.backends.linear_region import match_linear
 from qc.backends.tvm.linear.int8_panels import PANEL_TILES, TALL
-from qc.backends.tvm.linear.matching import match_linear
 from qc.backends.tvm.linear.rule import choose_kernels, linear_rule
 from qc.ir.target import CPUS
 from qc.ir.types import ActivationFormat

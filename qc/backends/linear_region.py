@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qc.backends.tvm.kernel import Region
+from qc.backends.region import Region
 from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node

@@ -1,0 +1,1 @@
+"""GPU kernels through Triton. Importing this package loads no Triton: its modules do."""

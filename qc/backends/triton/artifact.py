@@ -1,0 +1,131 @@
+"""From a planned graph to a GPU artifact on disk: no GPU is needed to make one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from qc.backends.artifact import ArtifactFacts, Progress, generation_facts, tokenizer_files
+from qc.backends.lowering import Lowered
+from qc.backends.stored import tensor_sources
+from qc.backends.triton.compile import compile_launch
+from qc.backends.triton.golden import Golden, golden_checks
+from qc.backends.triton.kernel import Cubin, Launch
+from qc.backends.triton.lower import GpuLowering
+from qc.backends.triton.rules import GPU_RULES
+from qc.errors import TargetError
+from qc.ir.graph import Graph
+from qc.ir.target import Target
+from qc.ir.threads import side_by_side
+from qc.runtime.manifest import CUDA, GOLDEN, Binary, Code, Manifest, TargetFacts
+from qc.runtime.package import ArtifactWriter
+from qc.runtime.safetensors_file import write_safetensors
+
+FEATURE_SPECIFIC = 90
+"""From this architecture on Triton emits code that no later one runs, PTX too."""
+
+Compiled = Mapping[str, Mapping[str, Cubin]]
+"""Kernel -> architecture -> machine code."""
+
+
+def write_gpu_artifact(
+    graph: Graph, target: Target, facts: ArtifactFacts, path: Path, progress: Progress
+) -> None:
+    """Lower, compile and write; nothing is left at `path` where a step fails."""
+    assert target.gpu is not None
+    if target.device != "cuda":
+        raise TargetError(
+            f"kernels for {target} compile, and nothing runs them yet: an artifact is for cuda"
+        )
+    with ArtifactWriter(path) as writer:
+        progress("lower", 0.0)
+        lowering = GpuLowering(graph, target, GPU_RULES)
+        lowered = lowering.run()
+        compiled = compile_all(lowered.kernels, target.gpu.architectures, progress)
+        code = write_code(writer, lowered.kernels, compiled)
+        progress("golden outputs", 0.0)
+        golden = golden_checks(lowering)
+        write_safetensors(writer.file(GOLDEN), golden.arrays)
+        writer.keep(GOLDEN)
+        writer.add_weights(dict(tensor_sources(lowered, progress)))
+        tokenizer = tokenizer_files(facts.tokenizer)
+        for name, content in tokenizer.items():
+            writer.add(name, content)
+        for name, text in facts.texts.items():
+            writer.add(name, text.encode())
+        writer.finish(manifest_of(lowered, facts, bool(tokenizer), code, golden))
+
+
+def compile_all(
+    kernels: Mapping[str, Launch], architectures: tuple[str, ...], progress: Progress
+) -> Compiled:
+    """Compile every kernel for every architecture, side by side."""
+    wanted = [(name, each) for name in kernels for each in architectures]
+    found: dict[str, dict[str, Cubin]] = {name: {} for name in kernels}
+
+    def compile_one(item: tuple[str, str]) -> Cubin:
+        name, architecture = item
+        return compile_launch(kernels[name], int(architecture.removeprefix("sm_")))
+
+    for number, ((name, architecture), cubin) in enumerate(side_by_side(compile_one, wanted)):
+        found[name][architecture] = cubin
+        progress("compile kernels", (number + 1) / len(wanted))
+    return found
+
+
+def write_code(
+    writer: ArtifactWriter, kernels: Mapping[str, Launch], compiled: Compiled
+) -> dict[str, Code]:
+    """Put machine code and sources into an artifact; return the manifest's description.
+
+    The oldest architecture's PTX is there for GPUs that come later.
+    """
+    described = {}
+    for name, launch in kernels.items():
+        writer.add(f"source/{name}.py", launch.source.encode())
+        binaries = []
+        for architecture, cubin in compiled[name].items():
+            file = f"code/{architecture}/{name}.cubin"
+            writer.add(file, cubin.binary)
+            binaries.append(Binary(architecture, file, cubin.shared_bytes))
+        oldest = min(compiled[name].values(), key=lambda cubin: cubin.architecture)
+        if oldest.architecture < FEATURE_SPECIFIC:
+            file = f"code/ptx_{oldest.architecture}/{name}.ptx"
+            writer.add(file, oldest.ptx.encode())
+            binaries.append(Binary(f"ptx_{oldest.architecture}", file, oldest.shared_bytes))
+        kinds = tuple("pointer" if kind.startswith("*") else kind for kind in oldest.parameters)
+        constants = dict(launch.constants)
+        described[name] = Code(oldest.name, oldest.num_warps, kinds, tuple(binaries), constants)
+    return described
+
+
+def manifest_of(
+    lowered: Lowered[Launch],
+    facts: ArtifactFacts,
+    has_tokenizer: bool,
+    code: Mapping[str, Code],
+    golden: Golden,
+) -> Manifest:
+    """Describe a lowered program."""
+    states = sum(value.kind == "state" for value in lowered.values)
+    symbols = lowered.symbols
+    checks = [
+        replace(check, sizes={name: n for name, n in check.sizes.items() if name in symbols})
+        for check in golden.checks
+    ]
+    return Manifest(
+        target=TargetFacts(facts.name, "any"),
+        symbols=symbols,
+        values=tuple(lowered.values),
+        steps=tuple(lowered.steps),
+        inputs=tuple(lowered.inputs),
+        outputs=tuple(lowered.outputs),
+        context_length=facts.context_length,
+        generate=generation_facts(lowered.inputs, lowered.outputs, facts.eos, facts.bos, states),
+        report={**facts.report, "on_torch": [], "kernels": len(lowered.kernels)},
+        tokenizer=has_tokenizer,
+        executor=CUDA,
+        code=code,
+        golden=tuple(checks),
+    )

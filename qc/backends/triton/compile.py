@@ -1,0 +1,129 @@
+"""Compile a launch to machine code for one architecture, on a machine without a GPU.
+
+Results are kept on disk by content: generated source, device functions, types, options, Triton's
+version. Nothing is compiled twice, in one run or in another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import warnings
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qc.backends.triton.emit import cache_folder, load_function
+from qc.backends.triton.kernel import Cubin, Launch
+
+WARP = 32
+ALIGNED = [["tt.divisibility", 16]]
+
+
+def compile_launch(launch: Launch, architecture: int, folder: Path | None = None) -> Cubin:
+    """Compile for compute capability `architecture` (80, 90, ...), or read it from the cache."""
+    function = load_function(launch.source, launch.function)
+    key = cache_key(function, launch, architecture)
+    stem = (folder or cache_folder() / "cubin") / key[:2] / key
+    found = read_cubin(stem)
+    if found is None:
+        found = build(function, launch, architecture)
+        write_cubin(stem, found)
+    return found
+
+
+def cache_key(function: Any, launch: Launch, architecture: int) -> str:
+    """Hash everything that a compiled kernel depends on."""
+    types = [(each.name, each.type) for each in launch.parameters]
+    options = [launch.num_warps, launch.num_stages, architecture, triton.__version__]
+    text = json.dumps([function.cache_key, types, launch.constants, options])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compiled(function: Any, launch: Launch, target: GPUTarget) -> Any:
+    """Run Triton's compiler."""
+    signature = {each.name: each.type for each in launch.parameters}
+    signature |= dict.fromkeys(dict(launch.constants), "constexpr")
+    aligned = {(n,): ALIGNED for n, p in enumerate(launch.parameters) if p.type.startswith("*")}
+    count = len(launch.parameters)
+    constants = {(count + n,): value for n, (_, value) in enumerate(launch.constants)}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    options = {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return triton.compile(source, target=target, options=options)
+
+
+def build(function: Any, launch: Launch, architecture: int) -> Cubin:
+    """Compile, and read what the binary says of itself."""
+    kernel = compiled(function, launch, GPUTarget("cuda", architecture, WARP))
+    data = kernel.metadata
+    scratch = data.global_scratch_size + data.profile_scratch_size
+    if scratch or getattr(data, "tensordesc_meta", None):
+        raise ValueError(
+            f"{launch.rule} asks for {scratch} bytes of scratch, which no artifact has"
+        )
+    registers, spills = resources(kernel.asm["cubin"])
+    return Cubin(
+        data.name, architecture, kernel.asm["cubin"], kernel.asm["ptx"], data.shared,
+        data.num_warps, tuple(each.type for each in launch.parameters), registers, spills,
+    )  # fmt: skip
+
+
+def read_cubin(stem: Path) -> Cubin | None:
+    """Return a kept kernel; None where there is none, or only part of one."""
+    description, binary = stem.with_suffix(".json"), stem.with_suffix(".cubin")
+    try:
+        known = json.loads(description.read_text())
+        return Cubin(
+            **{**known, "parameters": tuple(known["parameters"])}, binary=binary.read_bytes()
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_cubin(stem: Path, cubin: Cubin) -> None:
+    """Keep a kernel: the description last, for what lacks one is not read."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    known = {name: value for name, value in asdict(cubin).items() if name != "binary"}
+    for suffix, content in ((".cubin", cubin.binary), (".json", json.dumps(known).encode())):
+        with NamedTemporaryFile(dir=stem.parent, delete=False) as written:
+            written.write(content)
+        Path(written.name).replace(stem.with_suffix(suffix))
+
+
+# ---------------------------------------------------------------- what a binary says
+
+
+@cache
+def tool(name: str) -> Path:
+    """Return one of NVIDIA's tools that Triton brings."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def inspect(binary: bytes, *flags: str) -> str:
+    """Run cuobjdump on a binary."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(tool("cuobjdump")), *flags, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def resources(binary: bytes) -> tuple[int, int]:
+    """Return the registers of a thread, and the bytes of its stack: spills."""
+    text = inspect(binary, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump names no resources: {text[:200]!r}")
+    return int(found[1]), int(found[2]) + int(found[3])

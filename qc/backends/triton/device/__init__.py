@@ -1,0 +1,1 @@
+"""Device functions: all arithmetic of GPU kernels, hand-written; generated modules only call it."""

@@ -1,0 +1,68 @@
+"""Terms that list the entries of each row: single outliers, groups of neighbours."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def longest(start, stop):
+    """Return how many entries the longest of some rows has."""
+    return tl.max(stop - start, 0)
+
+
+@triton.jit
+def outliers(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
+             TOGETHER: tl.constexpr):  # fmt: skip
+    """Add value x[column] of single entries, TOGETHER of a row at once. Channels of x are APART.
+    Where x is one row, its sum is added to all columns of acc."""
+    lane = tl.arange(0, TOGETHER)
+    OUT: tl.constexpr = acc.shape[0]
+    ROWS: tl.constexpr = places.shape[0]
+    total = tl.zeros([OUT, TOGETHER, ROWS], tl.float32)
+    for first in range(0, longest(start, stop), TOGETHER):
+        entry = start[:, None] + first + lane[None, :]
+        inside = entry < stop[:, None]
+        column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32)
+        value = tl.load(values + entry, mask=inside, other=0.0).to(tl.float32)
+        at = places[None, None, :] + (column * APART)[:, :, None]
+        total += value[:, :, None] * tl.load(x + at).to(tl.float32)
+    return acc + tl.sum(total, 1)
+
+
+@triton.jit
+def numbered(start, stop, number):
+    """Return the entries `number` of some rows, i32[rows, 1]; the last one again beyond it."""
+    return tl.maximum(tl.minimum(start + number, stop - 1), 0)[:, None]
+
+
+@triton.jit
+def group(total, x, places, start, stop, number, column, value, lane, WIDTH: tl.constexpr,
+          CHANNELS: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+    """Add the products of entry `number` of each row to f32[out, lanes, rows]: `value` covers WIDTH
+    channels from `column`."""
+    at = column + lane
+    inside = (lane < WIDTH) & (at < CHANNELS) & ((start + number < stop)[:, None])
+    weight = tl.where(inside, value, 0.0)
+    channel = tl.minimum(at, CHANNELS - 1)
+    values = tl.load(x + places[None, None, :] + (channel * APART)[:, :, None]).to(tl.float32)
+    return total + weight[:, :, None] * values
+
+
+@triton.jit
+def zeros(out, lane, places):
+    """Return f32 zeros [out, lanes, rows]."""
+    return tl.zeros([out.shape[0], lane.shape[1], places.shape[0]], tl.float32)
+
+
+@triton.jit
+def reduced(acc, total):
+    """Add products to an accumulator, all lanes of an output."""
+    return acc + tl.sum(total, 1)
+
+
+@triton.jit
+def lanes(WIDTH: tl.constexpr):
+    """Return the places inside an entry, i32[1, WIDTH]."""
+    return tl.arange(0, WIDTH)[None, :]

@@ -1,0 +1,156 @@
+"""Codes of 1 to 8 bits in the order in which tensor cores take left operands.
+
+A code is cut into planes of 1, 2, 4 or 8 bits. A plane is stored in blocks of 16 outputs, each 256
+words of 16 bits: the 8 words of a thread of a warp (row g of 8, quad t of 4) are 16 bytes that one
+instruction loads. A word holds 16 / bits codes: of outputs g and g + 8, for runs of 32 channels.
+Within a run, word (s, h, p) of thread (g, t) has channel 16 s + 8 h + 2 t + p: the A operand of
+`mma.m16n8k16`. So what is loaded is unpacked to half pairs and multiplied where it is, without a
+trip through shared memory. Source for the idea: Marlin (Frantar et al. 2024), section 3.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def half_pair(value):
+    """Return a float16 twice, as the number of a 32-bit register."""
+    if value == 0:
+        return "0x00000000"
+    size, exponent = abs(value), 0
+    while size >= 2:
+        size, exponent = size / 2, exponent + 1
+    while size < 1:
+        size, exponent = size * 2, exponent - 1
+    bits = (int(value < 0) << 15) | ((exponent + 15) << 10) | int((size - 1) * 1024)
+    return f"0x{bits:04x}{bits:04x}"
+
+
+@triton.constexpr_function
+def conversion(bits, unit, zero):
+    """Return PTX that turns two words of codes q into 16 / bits pairs of float16 unit q - zero.
+
+    Bits are cut out by one `lop3` that also puts in the exponent of 1024; one `fma` takes it off.
+    Both are exact: 1024 + q in float16 holds q below 1024 in its 10 bits of mantissa.
+    """
+    count = 16 // bits
+    lines = [".reg .b32 moved, raw, magic, scale, offset;", "mov.b32 magic, 0x64006400;"]
+    source, shifted = f"${count}", 0
+    spare = 1 if unit == 2 and zero % 2 else 0  # -2048 - zero is no float16: stay off bit 0
+    for number in range(count):
+        place = number * bits
+        if place - shifted + bits > 10 or place - shifted < spare:
+            shifted = place - spare
+            move = "shr.u32" if shifted >= 0 else "shl.b32"
+            lines.append(f"{move} moved, ${count}, {abs(shifted)};")
+            source = "moved"
+        low = place - shifted
+        mask = ((1 << bits) - 1) << low
+        step = unit / (1 << low)
+        lines.append(f"lop3.b32 raw, {source}, 0x{mask:04x}{mask:04x}, magic, 0xea;")
+        lines.append(f"mov.b32 scale, {half_pair(step)};")
+        lines.append(f"mov.b32 offset, {half_pair(-1024 * step - zero)};")
+        lines.append(f"fma.rn.f16x2 ${number}, raw, scale, offset;")
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.constexpr_function
+def registers(bits):
+    """Return the constraints of a conversion: its results, then its operand."""
+    return ",".join(["=r"] * (16 // bits) + ["r"])
+
+
+@triton.jit
+def unpack(words, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr):
+    """Return 16 / BITS tensors float16 UNIT q - ZERO of the codes q in words."""
+    ASM: tl.constexpr = conversion(BITS, UNIT, ZERO)
+    IN: tl.constexpr = registers(BITS)
+    if BITS == 8:
+        codes = tl.inline_asm_elementwise(ASM, IN, [words], (tl.float16, tl.float16), True, 2)
+    elif BITS == 4:
+        codes = tl.inline_asm_elementwise(
+            ASM, IN, [words], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
+        )
+    elif BITS == 2:
+        codes = tl.inline_asm_elementwise(
+            ASM, IN, [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
+        )  # fmt: skip
+    else:
+        codes = tl.inline_asm_elementwise(
+            ASM, IN, [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
+        )  # fmt: skip
+    return codes
+
+
+@triton.jit
+def load(plane, first, start, BLOCKS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+         OUT: tl.constexpr):  # fmt: skip
+    """Load the words of OUT outputs, from block `first` of BLOCKS on, at channel `start`.
+
+    STEPS: the blocks of a plane along the channels, 256 / BITS each.
+    """
+    at = tl.arange(0, OUT * 16)
+    block = first + at // 256
+    if BLOCKS * 16 % OUT != 0:
+        block = tl.minimum(block, BLOCKS - 1)
+    step = start // (256 // BITS)
+    words = tl.load(plane + (block * (STEPS * 256) + at % 256) + step * 256)
+    return tl.reshape(words, [OUT // 16, 8, 4, 2, 2, 2])
+
+
+@triton.jit
+def left(upper, lower, OUT: tl.constexpr):
+    """Turn unpacked words of outputs g and g + 8 into a left operand [OUT, 32]."""
+    both = tl.join(upper, lower)  # [block, g, t, s, h, p, rows]
+    return tl.reshape(tl.permute(both, (0, 6, 1, 3, 4, 2, 5)), [OUT, 32])
+
+
+@triton.jit
+def left64(a, b, c, d, OUT: tl.constexpr):
+    """Turn the words of two runs of 32 channels into a left operand [OUT, 64]."""
+    both = tl.join(tl.join(a, b), tl.join(c, d))  # [block, g, t, s, h, p, rows, run]
+    return tl.reshape(tl.permute(both, (0, 6, 1, 7, 3, 4, 2, 5)), [OUT, 64])
+
+
+@triton.jit
+def added(first, second):
+    """Put the digits of two planes together; exact."""
+    return first + second
+
+
+@triton.jit
+def product(left, x):
+    """left x, from zero."""
+    return tl.dot(left, x)
+
+
+@triton.jit
+def more(acc, left, x):
+    """acc + left x."""
+    return tl.dot(left, x, acc)
+
+
+@triton.jit
+def ones(OUT: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    """Return a left operand that adds up the channels of a tile."""
+    return tl.full([OUT, WIDTH], 1.0, DTYPE)
+
+
+@triton.jit
+def scaled(acc, product, factor):
+    """acc + factor product, one factor an output."""
+    return acc + product * factor[:, None].to(tl.float32)
+
+
+@triton.jit
+def scaled_alike(acc, product, factor):
+    """acc + factor product, one factor for all outputs."""
+    return acc + product * factor

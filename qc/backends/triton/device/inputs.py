@@ -1,0 +1,76 @@
+"""Rows of activations: where they lie, and tiles of them as right operands [channels, rows]."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def numbers(axis: tl.constexpr, SIZE: tl.constexpr, COUNT):
+    """Return the rows of this program's tile, i32[SIZE]; beyond COUNT the last row again."""
+    rows = tl.program_id(axis) * SIZE + tl.arange(0, SIZE)
+    return tl.minimum(rows, COUNT - 1)
+
+
+@triton.jit
+def places(rows, CHANNELS: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr):
+    """Return where rows start, i64: row (r BEFORE + b) AFTER + a is [r, b, :, a] of an array
+    [..., BEFORE, CHANNELS, AFTER]."""
+    if AFTER == 1:
+        return rows.to(tl.int64) * CHANNELS
+    return (rows // AFTER).to(tl.int64) * (CHANNELS * AFTER) + rows % AFTER
+
+
+@triton.jit
+def tile(x, places, start, CHANNELS: tl.constexpr, AFTER: tl.constexpr, WIDTH: tl.constexpr,
+         EVEN: tl.constexpr):  # fmt: skip
+    """Load channels start to start + WIDTH of some rows, [WIDTH, rows]; 0 beyond CHANNELS."""
+    channel = start + tl.arange(0, WIDTH)
+    at = x + places[None, :] + (channel * AFTER)[:, None]
+    if EVEN:
+        return tl.load(at)
+    return tl.load(at, mask=(channel < CHANNELS)[:, None], other=0)
+
+
+@triton.jit
+def quantized_tile(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+                   WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Load channels of quantized rows and widen them: code * scale, rounded to DTYPE."""
+    channel = start + tl.arange(0, WIDTH)
+    inside = (channel < CHANNELS)[:, None]
+    GROUPS: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
+    code = tl.load(codes + places[None, :] + channel[:, None], mask=inside, other=0)
+    at = scale + rows[None, :] * GROUPS + tl.minimum(channel // GROUP, GROUPS - 1)[:, None]
+    return (code.to(tl.float32) * tl.load(at)).to(DTYPE)
+
+
+@triton.jit
+def selected_tile(x, index, places, start, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Load the channels that index[start], ... name, [WIDTH, rows]; 0 beyond COUNT."""
+    number = start + tl.arange(0, WIDTH)
+    inside = number < COUNT
+    channel = tl.load(index + number, mask=inside, other=0).to(tl.int32) & 0xFFFFFF
+    return tl.load(x + places[None, :] + channel[:, None], mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def summed_tile(partial, places, start, size, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+                WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Add up PARTS arrays of `size` float32 that follow each other, in that order: a tile of
+    their sum, [WIDTH, rows]; 0 beyond CHANNELS."""
+    channel = start + tl.arange(0, WIDTH)
+    inside = (channel < CHANNELS)[:, None]
+    at = partial + places[None, :] + channel[:, None]
+    total = tl.load(at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(at + part * size, mask=inside, other=0.0)
+    return total.to(DTYPE)
+
+
+@triton.jit
+def tile_across(axis: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return where the rows of this program's tile lie, i64[ROWS], in an array
+    [tiles, CHANNELS, ROWS]; channels are ROWS apart."""
+    first = tl.program_id(axis).to(tl.int64) * (CHANNELS * ROWS)
+    return first + tl.arange(0, ROWS)

@@ -1,0 +1,95 @@
+"""Products of weight tiles [outputs, channels] with tiles of rows [channels, rows].
+
+Weights stand on the left: decoded in registers, that is where tensor cores take them from, and few
+rows are the narrow side of the product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def zeros(OUT: tl.constexpr, ROWS: tl.constexpr):
+    """Return a cleared accumulator f32[OUT, ROWS]."""
+    return tl.zeros([OUT, ROWS], tl.float32)
+
+
+@triton.jit
+def outputs(axis: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the outputs of this program's tile, i32[SIZE]; beyond COUNT the last one again."""
+    out = tl.program_id(axis) * SIZE + tl.arange(0, SIZE)
+    if COUNT % SIZE == 0:
+        return out
+    return tl.minimum(out, COUNT - 1)
+
+
+@triton.jit
+def columns(start, WIDTH: tl.constexpr, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """Return channels start to start + WIDTH; beyond COUNT the last one again."""
+    channel = start + tl.arange(0, WIDTH)
+    if EVEN:
+        return channel
+    return tl.minimum(channel, COUNT - 1)
+
+
+@triton.jit
+def decoded(acc, weights, x):
+    """acc + weights x, with float32 weights rounded to the type of x."""
+    return tl.dot(weights.to(x.dtype), x, acc)
+
+
+@triton.jit
+def inside(axis: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Say which outputs of this program's tile there are, i1[SIZE, 1]."""
+    return (tl.program_id(axis) * SIZE + tl.arange(0, SIZE) < COUNT)[:, None]
+
+
+@triton.jit
+def partial(at, acc, out, rows, part, ROWS, OUT: tl.constexpr, SIZE: tl.constexpr):
+    """Store a partial sum as f32[part, ROWS, OUT]. Rows beyond the last repeat it."""
+    here = (part.to(tl.int64) * ROWS + rows[None, :]) * OUT + out[:, None]
+    if OUT % SIZE == 0:
+        tl.store(at + here, acc)
+    else:
+        tl.store(at + here, acc, mask=inside(1, SIZE, OUT))
+
+
+@triton.jit
+def summed(at, out, rows, ROWS, PARTS: tl.constexpr, OUT: tl.constexpr):
+    """Add up partial sums, always in the same order: f32[out, rows]."""
+    here = rows[None, :].to(tl.int64) * OUT + out[:, None]
+    acc = tl.load(at + here)
+    for part in tl.static_range(1, PARTS):
+        acc += tl.load(at + here + part * OUT * ROWS)
+    return acc
+
+
+@triton.jit
+def full(at, out, rows, OUT: tl.constexpr):
+    """Load an operand [rows, OUT] as f32[out, rows]."""
+    return tl.load(at + rows[None, :].to(tl.int64) * OUT + out[:, None]).to(tl.float32)
+
+
+@triton.jit
+def vector(at, out):
+    """Load an operand [OUT] as f32[out, 1]."""
+    return tl.load(at + out).to(tl.float32)[:, None]
+
+
+@triton.jit
+def number(at):
+    """Load an operand of one element."""
+    return tl.load(at).to(tl.float32)
+
+
+@triton.jit
+def store(y, acc, out, places, OUT: tl.constexpr, AFTER: tl.constexpr, SIZE: tl.constexpr):
+    """Store a tile of the result. Rows beyond the last repeat it, and get the same values."""
+    at = y + places[None, :] + (out * AFTER)[:, None]
+    value = acc.to(y.dtype.element_ty)
+    if OUT % SIZE == 0:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=inside(1, SIZE, OUT))

@@ -1,0 +1,140 @@
+"""Generated modules: glue that calls device functions, written to files named by their content.
+
+Triton reads a function's source from its file, so a module must be one. Its name is the hash of its
+text: equal kernels share a file, and tracebacks, profilers and line tables can show it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import torch
+
+from qc.backends.region import ArrayArgument, Repack, SizeArgument
+from qc.backends.triton.expression import Rendering
+from qc.backends.triton.kernel import TYPES, Argument, Constant, Grid, Launch, Parameter, Scratch
+from qc.ir.weights.expression import Expr
+
+HEAD = "import triton\nimport triton.language as tl\n\n"
+DEVICE = "qc.backends.triton.device"
+
+
+@dataclass
+class Emission:
+    """One generated kernel while it is written: parameters, constants, functions, statements."""
+
+    name: str
+    title: str
+    device: tuple[str, ...]
+    """The modules of device functions that it may call."""
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    constants: dict[str, Constant] = field(default_factory=dict)
+    functions: list[str] = field(default_factory=list)
+    decoders: dict[str, str] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
+    depth: int = 1
+    bound: int = 0
+
+    def line(self, text: str) -> None:
+        """Write a statement."""
+        self.lines.append("    " * self.depth + text)
+
+    def bind(self, text: str) -> str:
+        """Write an assignment to a new name; return it."""
+        self.bound += 1
+        self.line(f"t{self.bound} = {text}")
+        return f"t{self.bound}"
+
+    def array(self, name: str, argument: ArrayArgument | Scratch, dtype: torch.dtype) -> str:
+        """Take an array as a parameter; return its name, which equal arguments share."""
+        return self.parameter(name, argument, TYPES[dtype])
+
+    def size(self, name: str, argument: SizeArgument) -> str:
+        """Take a size as a parameter."""
+        return self.parameter(name, argument, "i32")
+
+    def parameter(self, name: str, argument: Argument, type: str) -> str:
+        for each in self.parameters.values():
+            if each.argument == argument:
+                return each.name
+        self.parameters[name] = Parameter(name, argument, type)
+        return name
+
+    def weight(
+        self, operand: int, array: str, dtype: torch.dtype, repack: Repack | None = None
+    ) -> str:
+        """Take an array of a weight as a parameter."""
+        if repack is not None:
+            self.repack[operand, array] = repack
+        name = f"w{operand}_{array.replace('.', '_').replace('/', '_')}"
+        return self.array(name, ArrayArgument(operand, array), dtype)
+
+    def function(self, rendering: Rendering, expr: Expr) -> str:
+        """Write a device function for a decode expression, or find the equal one."""
+        text = rendering.function("NAME", expr)
+        if text not in self.decoders:
+            name = f"decode{len(self.decoders)}"
+            self.decoders[text] = name
+            self.functions.append(text.replace("def NAME(", f"def {name}("))
+        return self.decoders[text]
+
+    def source(self) -> str:
+        """Return the module's text."""
+        constants = [f"{name}: tl.constexpr" for name in self.constants]
+        parameters = ", ".join([*self.parameters, *constants])
+        main = "\n".join(["@triton.jit", f"def {self.name}({parameters}):", *self.lines])
+        body = "\n\n\n".join([*self.functions, main])
+        called = [each for each in sorted(self.device) if f"{each}." in body]
+        imports = f"from {DEVICE} import {', '.join(called)}\n\n\n"
+        return f'"""{self.title}"""\n\n{HEAD}{imports}{body}\n'
+
+    def launch(self, rule: str, grid: Grid, num_warps: int, num_stages: int) -> Launch:
+        """Return the launch of what was written."""
+        return Launch(
+            rule, self.name, self.source(), tuple(self.parameters.values()),
+            tuple(self.constants.items()), grid, num_warps, num_stages,
+        )  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Return where generated modules and compiled kernels are kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = Path(home) if os.access(os.path.dirname(home) or "/", os.W_OK) else Path(gettempdir())
+    return base / "qc" / "triton"
+
+
+def load_function(source: str, name: str, folder: Path | None = None) -> Any:
+    """Import a generated module and return one of its functions, as `triton.jit` made it."""
+    key = hashlib.sha256(source.encode()).hexdigest()[:16]
+    module_name = f"qc_kernels.k{key}"
+    if module_name not in sys.modules:
+        path = (folder or cache_folder() / "source") / f"k{key}.py"
+        if not path.exists() or path.read_text() != source:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = path.with_suffix(f".{os.getpid()}")
+            written.write_text(source)
+            written.replace(path)  # never half a module, also with several processes at work
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[module_name] = module
+    return getattr(sys.modules[module_name], name)
+
+
+def merged(*repacks: Mapping[tuple[int, str], Repack]) -> dict[tuple[int, str], Repack]:
+    """Join what several launches say of the layout of weights."""
+    found: dict[tuple[int, str], Repack] = {}
+    for each in repacks:
+        found |= each
+    return found

@@ -1,0 +1,212 @@
+"""What every kernel must compute, for `qc verify`: random inputs, and what the graph makes of them.
+
+Each call of the program is checked once for every kind of launches that it has, alone, with the
+weights of the first layer that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qc.backends.stored import as_numpy
+from qc.backends.triton.lower import GpuLowering, PlacedCall, torch_dtype
+from qc.backends.triton.storage import is_cache
+from qc.ir import ops
+from qc.ir.fused import Fused
+from qc.ir.meaning import evaluate_nodes
+from qc.ir.node import Node
+from qc.ir.quantized import QuantizedTensor, quantize_activation
+from qc.ir.types import Dim, bind_dim, dim_symbols
+from qc.runtime.manifest import GoldenCheck, KernelStep
+
+PAST, CONTEXT = 5, 64
+"""Tokens in the caches, and the room that they have."""
+MOST_ELEMENTS = 1 << 22
+"""Of an output: the last variant for many rows of a vocabulary would be larger than its kernel is
+worth."""
+FLOAT_TOLERANCE = 4e-3
+"""Twice what the error of a linear may be: results are rounded to float16 as well."""
+CODE_TOLERANCE = 2e-2
+"""A code that falls on the other side of a border is off by one, of at most 127."""
+
+
+@dataclass
+class Golden:
+    """The checks of a program, and the arrays that they read."""
+
+    checks: list[GoldenCheck]
+    arrays: dict[str, Any]
+
+
+def golden_checks(lowering: GpuLowering) -> Golden:
+    """Compute what every call must give."""
+    golden = Golden([], {})
+    seen: set[tuple[str, ...]] = set()
+    writer = GoldenWriter(lowering, golden)
+    for call in lowering.calls:
+        steps = [lowering.program.steps[number] for number in call.steps]
+        kernels = tuple(step.kernel for step in steps if isinstance(step, KernelStep))
+        if kernels not in seen and writer.add(call):
+            seen.add(kernels)
+    return golden
+
+
+def sizes_for(call: PlacedCall) -> dict[str, int] | None:
+    """Return the least sizes for which a call takes these launches; None where its rows are not
+    those of one sequence."""
+    rows = call.low
+    sizes = {"batch": 1, "seq": rows, "keep": rows, "past": PAST, "context": CONTEXT}
+    while sizes["seq"] + PAST > sizes["context"]:
+        sizes["context"] *= 2
+    names = dim_symbols((call.dim,)) | operand_symbols(call.node)
+    if not names <= sizes.keys():
+        return None
+    count = bind_dim(call.dim, sizes)
+    return sizes if call.low <= count <= (call.high or count) else None
+
+
+def operand_symbols(node: Node) -> set[str]:
+    """Return the symbols of a call's operands and result."""
+    return {s for each in (node, *node.inputs) for s in dim_symbols(each.tensor.shape)}
+
+
+class GoldenWriter:
+    """Makes inputs, evaluates bodies, keeps what checks read."""
+
+    def __init__(self, lowering: GpuLowering, golden: Golden) -> None:
+        self.lowering, self.golden = lowering, golden
+        self.random = torch.Generator().manual_seed(0)
+        self.dense: dict[Node, Tensor] = {}
+
+    def add(self, call: PlacedCall) -> bool:
+        """Add the checks of one call; say whether that was possible."""
+        node, sizes = call.node, sizes_for(call)
+        if sizes is None or not isinstance(node.op, Fused):
+            return False
+        if bind_dim_product(node.tensor.shape, sizes) > MOST_ELEMENTS:
+            return False
+        operands = [self.operand(each, sizes) for each in node.inputs]
+        held = {
+            index: array
+            for each, (_, arrays) in zip(node.inputs, operands, strict=True)
+            for index, array in arrays.items()
+        }
+        if not self.needed(call) <= held.keys():
+            return False
+        known = dict(zip(node.op.body.inputs, (value for value, _ in operands), strict=True))
+        with torch.no_grad():
+            result = evaluate_nodes(node.op.body.outputs, {}, sizes, known=known)[0]
+        number = len(self.golden.checks)
+        inputs = {}
+        for index in sorted(self.needed(call)):
+            name = f"{number}.in{index}"
+            inputs[str(index)] = name
+            self.golden.arrays[name] = as_numpy(held[index])
+        for index, expected, tolerance in self.results(node, result, held):
+            name = f"{number}.out{index}"
+            self.golden.arrays[name] = as_numpy(expected)
+            self.golden.checks.append(
+                GoldenCheck(tuple(call.steps), sizes, inputs, index, name, tolerance)
+            )
+        return True
+
+    def needed(self, call: PlacedCall) -> set[int]:
+        """Return the values that the steps read and do not write first."""
+        values, steps = self.lowering.program.values, self.lowering.program.steps
+        written: set[int] = set()
+        found: set[int] = set()
+        for number in call.steps:
+            found |= {i for i in steps[number].reads if i not in written}
+            written |= set(steps[number].writes)
+        return {index for index in found if values[index].kind != "weight"}
+
+    def operand(self, node: Node, sizes: Mapping[str, int]) -> tuple[Any, dict[int, Tensor]]:
+        """Return the value of an operand for the graph, and the arrays that hold it."""
+        if isinstance(node.op, ops.Parameter):
+            if node not in self.dense:
+                self.dense = {node: node.op.weight.dense()}  # one in memory at a time
+            return self.dense[node], {}
+        place = self.lowering.places[node]
+        if node.tensor.format is not None:
+            value = self.normal(node.tensor.shape, sizes)
+            quantized = quantize_activation(value, node.tensor.format)
+            arrays = {place["codes"]: quantized.codes, place["scale"]: quantized.scale}
+            return quantized, arrays
+        index = place["values"]
+        stored = torch_dtype(self.lowering.program.values[index].dtype)
+        if is_cache(node) or self.lowering.program.values[index].kind == "state":
+            return self.cache(node, index, stored, sizes)
+        value = self.values(node, stored, sizes)
+        arrays = {index: value}
+        for (source, dtype), converted in self.lowering.converted.items():
+            if source == index:
+                arrays[converted] = value.to(dtype)
+                value = value.to(dtype)
+        return value.to(node.tensor.dtype), arrays
+
+    def values(self, node: Node, stored: torch.dtype, sizes: Mapping[str, int]) -> Tensor:
+        """Make random values of an operand."""
+        if stored.is_floating_point:
+            return self.normal(node.tensor.shape, sizes).to(stored)
+        below = 2 if stored == torch.bool else self.least_rows(node)
+        shape = [bind_dim(d, dict(sizes)) for d in node.tensor.shape]
+        return torch.randint(0, below, shape, generator=self.random).to(stored)
+
+    def least_rows(self, node: Node) -> int:
+        """Return the bound below which integers index any table."""
+        tables = [
+            table.op.weight.shape[0]
+            for user in self.lowering.graph.users.get(node, ())
+            for table in user.inputs
+            if isinstance(table.op, ops.Parameter)
+        ]
+        return min([int(rows) for rows in tables if rows > 1], default=2)
+
+    def cache(
+        self, node: Node, index: int, stored: torch.dtype, sizes: Mapping[str, int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Make a cache with all its room filled; the graph sees the positions that count."""
+        batch, length, *rest = node.tensor.shape
+        room = self.normal((batch, CONTEXT_SIZE, *rest), sizes).to(stored)
+        return room[:, : bind_dim(length, dict(sizes))], {index: room}
+
+    def normal(self, shape: tuple[Any, ...], sizes: Mapping[str, int]) -> Tensor:
+        """Make random values."""
+        concrete = [
+            sizes["context"] if d is CONTEXT_SIZE else bind_dim(d, dict(sizes)) for d in shape
+        ]
+        return torch.randn(concrete, generator=self.random)
+
+    def results(
+        self, node: Node, result: Any, held: Mapping[int, Tensor]
+    ) -> Iterator[tuple[int, Tensor, float]]:
+        """Yield what each array of the result must hold, and how exactly."""
+        place = self.lowering.places[node]
+        if isinstance(result, QuantizedTensor):
+            yield place["codes"], result.codes, CODE_TOLERANCE
+            yield place["scale"], result.scale, FLOAT_TOLERANCE
+            return
+        index = place["values"]
+        stored = torch_dtype(self.lowering.program.values[index].dtype)
+        if self.lowering.program.values[index].kind == "state":
+            room = held[index].clone()
+            room[:, : result.shape[1]] = result.to(stored)
+            result = room
+        yield index, result.to(stored), FLOAT_TOLERANCE if stored.is_floating_point else 0.0
+
+
+CONTEXT_SIZE: Any = object()
+"""Stands for the room of a cache in a shape."""
+
+
+def bind_dim_product(shape: tuple[Dim, ...], sizes: Mapping[str, int]) -> int:
+    """Multiply sizes."""
+    count = 1
+    for dim in shape:
+        count *= bind_dim(dim, dict(sizes))
+    return count

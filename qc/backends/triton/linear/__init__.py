@@ -1,0 +1,1 @@
+"""GPU kernels for linears: any sum of terms, with what the planner fused around it."""

@@ -1,0 +1,183 @@
+"""Which launches a linear needs: what is multiplied where, before any text is written.
+
+The main launch loops over the channels of x, then over what chains leave (the inner side of a low
+rank), adds single entries and runs the epilogue. In front of it stand the steps of chains but the
+last, and copies of x where a term reads it in another form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from qc.backends.triton.kernel import Scratch
+from qc.backends.triton.linear.coded import coded_term
+from qc.backends.triton.linear.decoded import Decoded
+from qc.backends.triton.linear.int8 import int8_term
+from qc.backends.triton.linear.loop import Source, Term
+from qc.backends.triton.linear.place import Place, dtype_of
+from qc.ir.types import Dim, as_dim
+from qc.ir.weights.structure import Chain, Entries, Selected
+
+FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (coded_term,)
+"""From the most special; without any of them everything still works, slower."""
+
+LONG_CHAIN = 128
+"""Channels of a step of a chain that one program adds up; more are split among several. Such steps
+have few outputs: their time is that of one program."""
+MOST_PARTS = 32
+FEW_ROWS = 4
+
+
+@dataclass(frozen=True)
+class EntriesOf:
+    """Single entries, or groups of them, to add to an accumulator. `across`: the source comes
+    tile by tile as [channels, rows of the tile]."""
+
+    place: Place
+    entries: Entries
+    source: Source
+    across: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A launch in front of the main one, into scratch: `work` times `source`; a copy of it (None);
+    or a copy with the rows of each tile side by side ("across")."""
+
+    source: Source
+    work: Term | EntriesOf | Literal["across"] | None
+    outer: int
+    target: Scratch
+    parts: int = 1
+
+
+@dataclass
+class Stages:
+    """The work of one linear region for one number of rows."""
+
+    rows: Dim
+    bucket: int | None
+    tile: int
+    """Rows of a tile of launches for entries."""
+    bytes: bool = True
+    """The target's tensor cores multiply int8, and fast rules are wanted."""
+    steps: list[Step] = field(default_factory=list)
+    loops: dict[Source, list[tuple[str, Term]]] = field(default_factory=dict)
+    entries: list[tuple[str, EntriesOf]] = field(default_factory=list)
+    added: list[tuple[str, Scratch]] = field(default_factory=list)
+    """Scratch [rows, out] that holds finished products."""
+
+    @property
+    def rules(self) -> str:
+        """The names of the rules that multiply, for reports."""
+        found = [term.rule for terms in self.loops.values() for _, term in terms]
+        works = [step.work for step in self.steps]
+        found += ["chain"] * any(isinstance(work, Term) for work in works)
+        listed = any(isinstance(work, EntriesOf) for work in works)
+        found += ["entries"] * (listed or bool(self.entries))
+        return "_".join(dict.fromkeys(found))
+
+    def add(self, acc: str, place: Place, source: Source) -> None:
+        """Plan the product of a term with some rows."""
+        match place.format.structure(place.shape):
+            case None:
+                self.add_product(acc, place, source)
+            case Selected(index, part):
+                self.add_selected(acc, place, index, place.part(part), self.plain(source))
+            case Chain() as chain:
+                self.add_chain(acc, place, chain, source)
+            case Entries() as entries:
+                self.add_entries(acc, place, entries, self.plain(source))
+
+    def add_product(self, acc: str, place: Place, source: Source) -> None:
+        """Multiply in the loop: bytes by bytes where both are, else in float16."""
+        term: Term | None = int8_term(place, source) if self.bytes else None
+        if term is not None:
+            source = replace(source, kind="codes")
+        elif source.kind == "quantized":
+            source = self.plain(source)
+        self.loops.setdefault(source, []).append((acc, term or multiplied(place)))
+
+    def add_entries(self, acc: str, place: Place, entries: Entries, source: Source) -> None:
+        """Entries gather x: for few rows in the main launch; for more in a launch of their own,
+        whose tiles are narrow, from a copy in which the rows of a channel are neighbours."""
+        few = FEW_ROWS if entries.width == 1 else 1
+        if self.bucket is not None and self.bucket <= few:
+            self.entries.append((acc, EntriesOf(place, entries, source)))
+            return
+        across = self.across(source)
+        work = EntriesOf(place, entries, Source(across, source.channels), across=True)
+        target = Scratch(f"step{len(self.steps)}", torch.float32, (self.rows, place.outer))
+        self.steps.append(Step(source, work, place.outer, target))
+        self.added.append((acc, target))
+
+    def across(self, source: Source) -> Scratch:
+        """Plan the copy [tiles, channels, rows of a tile], once."""
+        for step in self.steps:
+            if step.source == source and step.work == "across":
+                return step.target
+        shape = (as_dim(self.rows + self.tile), source.channels)  # room for the last tile
+        target = Scratch(f"step{len(self.steps)}", torch.float16, shape)
+        self.steps.append(Step(source, "across", source.channels, target))
+        return target
+
+    def add_selected(self, acc: str, place: Place, index: str, part: Place, x: Source) -> None:
+        array = place.operand, f"{place.prefix}.{index}", dtype_of(place, index), x.channels
+        source = Source(x.values, part.inner, "selected", index=array)
+        structured = part.format.structure(part.shape) is not None
+        self.add(acc, part, self.plain(source) if structured else source)
+
+    def add_chain(self, acc: str, place: Place, chain: Chain, source: Source) -> None:
+        *first, last = chain.steps
+        source = self.plain(source) if source.kind == "quantized" else source
+        for step in first:
+            source = self.step(place.part(step.part), viewed(source, step.before, step.after, self))
+        source = viewed(source, last.before, last.after, self)
+        if last.before == last.after == 1:
+            self.add(acc, place.part(last.part), source)
+            return
+        final = self.step(place.part(last.part), source)
+        assert isinstance(final.values, Scratch)
+        self.added.append((acc, final.values))
+
+    def step(self, place: Place, source: Source) -> Source:
+        """Plan one step of a chain; return its result, seen as [rows, all of it]."""
+        alone = source.before == source.after == 1
+        parts = min(MOST_PARTS, -(-place.inner // LONG_CHAIN)) if alone else 1
+        channels = source.before * place.outer * source.after
+        shape, dtype = (self.rows, channels), torch.float16
+        if parts > 1:
+            shape, dtype = (as_dim(self.rows * parts), channels), torch.float32
+        target = Scratch(f"step{len(self.steps)}", dtype, shape)
+        self.steps.append(Step(source, multiplied(place), place.outer, target, parts))
+        kind = "summed" if parts > 1 else "rows"
+        return Source(target, channels, kind, parts=parts)
+
+    def plain(self, source: Source) -> Source:
+        """Return the rows as a float16 array, copied where they are something else."""
+        if source.kind == "rows":
+            return source
+        for step in self.steps:
+            if step.source == source and step.work is None:
+                return Source(step.target, source.channels)
+        target = Scratch(f"step{len(self.steps)}", torch.float16, (self.rows, source.channels))
+        self.steps.append(Step(source, None, source.channels, target))
+        return Source(target, source.channels)
+
+
+def viewed(source: Source, before: int, after: int, stages: Stages) -> Source:
+    """See rows [before * channels * after] as more rows of `channels`."""
+    if before == after == 1:
+        return source
+    plain = stages.plain(source)
+    return Source(plain.values, plain.channels // (before * after), "rows", before, after)
+
+
+def multiplied(place: Place) -> Term:
+    """Choose how a term is multiplied: by the first rule that takes it, or element by element."""
+    found = (rule(place) for rule in FAST_RULES)
+    return next((term for term in found if term is not None), Decoded(place))

@@ -1,0 +1,262 @@
+"""Bodies that are local to a row: norms, softmax, rotations, quantization and what is element by
+element around them, over a last axis of known size. Each program holds one row in registers. A
+rotation has a launch of its own, for its blocks are tiles and not rows; so has what is before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from qc.backends.region import RESULT, ArrayArgument, Region, Repack
+from qc.backends.triton.glue import Glue, power_of_two
+from qc.backends.triton.kernel import Call, Cells, KernelRule, Launch, Scratch, Variant
+from qc.backends.triton.rendering import ELEMENTWISE, render
+from qc.backends.triton.storage import declare_input, declare_result, is_cache
+from qc.ir import ops
+from qc.ir.node import Node
+from qc.ir.types import Dim, element_count
+
+STATISTICS = (ops.RMSNorm, ops.LayerNorm, ops.Softmax, ops.Reduce)
+ROW_OPS = (*ELEMENTWISE, *STATISTICS, ops.Quantize, ops.Hadamard, ops.Input, ops.Scalar)
+
+LARGEST = 1 << 16
+"""Channels of the longest row: 64 a thread, with the 1024 threads of a block."""
+CHANNELS_A_WARP = 256
+"""Eight a thread: two loads of 16 bytes from float32, one from float16."""
+
+
+@dataclass
+class Row:
+    """A row that is being written: the names of what is known of it."""
+
+    glue: Glue
+    region: Region
+    size: int
+    pointers: dict[Node, str]
+    number: str
+    channel: str
+    known: dict[Node, str] = field(default_factory=dict)
+
+    def value(self, node: Node) -> str:
+        """Return the name of the row of a node, or of the one value that it has."""
+        if node not in self.known:
+            self.known[node] = self.computed(node)
+        return self.known[node]
+
+    def computed(self, node: Node) -> str:
+        """Write the computation of one node."""
+        if node in self.pointers:
+            return self.load(node)
+        if isinstance(node.op, ops.Scalar):
+            floats = node.tensor.is_float
+            return self.glue.number(node.op.value, torch.float32 if floats else node.tensor.dtype)
+        operands = [self.value(operand) for operand in node.inputs]
+        if isinstance(node.op, ELEMENTWISE):
+            return render(self.glue, node, operands)
+        return self.statistic(node, operands)
+
+    def load(self, node: Node) -> str:
+        """Read an input: a row of its own, one row for all, one value a row, or one number."""
+        shape, pointer, call = node.tensor.shape, self.pointers[node], self.glue.call
+        if shape == () or (len(shape) == 1 and shape[0] == 1 != self.size):
+            return call("elements.load_one", pointer)
+        if len(shape) == 1:
+            return call("single_row.load_vector", pointer, self.channel, self.size)
+        if shape[-1] == 1 and self.size != 1:
+            return call("single_row.load_number", pointer, self.number)
+        return call("single_row.load", pointer, self.number, self.channel, self.size)
+
+    def statistic(self, node: Node, operands: list[str]) -> str:
+        """Write a call of a function that looks at the whole row."""
+        where = (self.channel, self.size)
+        match node.op:
+            case ops.RMSNorm(eps):
+                return self.glue.call("single_row.rms_norm", *operands, *where, eps)
+            case ops.LayerNorm(eps):
+                return self.glue.call("single_row.layer_norm", *operands, *where, eps)
+            case ops.Softmax():
+                return self.glue.call("single_row.softmax", *operands, *where)
+            case ops.Reduce(kind):
+                return self.glue.call(f"single_row.{kind}", *operands, *where)
+        raise TypeError(f"{node.op} looks at no row")
+
+    def store_scratch(self, node: Node, target: Scratch) -> None:
+        """Write the row of a node to a temporary."""
+        pointer = self.glue.pointer(target, target.dtype)
+        where = (self.number, self.channel, self.size)
+        self.glue.do("single_row.store", pointer, *where, self.value(node))
+
+    def store(self) -> None:
+        """Write the row of the root."""
+        root, glue = self.region.root, self.glue
+        if isinstance(root.op, ops.Quantize):
+            self.store_quantized(root)
+            return
+        value, result = self.value(root), declare_result(glue, self.region)
+        if isinstance(root.op, ops.Reduce):
+            glue.do("single_row.store_number", result, self.number, value)
+        else:
+            glue.do("single_row.store", result, self.number, self.channel, self.size, value)
+
+    def store_quantized(self, root: Node) -> None:
+        """Write codes and scales."""
+        assert isinstance(root.op, ops.Quantize)
+        rows, format = element_count(root.tensor.shape[:-1]), root.op.format
+        value = self.value(root.inputs[0])
+        groups = -(-self.size // (format.group or self.size))
+        codes = self.glue.pointer(ArrayArgument(RESULT, "codes", (rows, self.size)), torch.int8)
+        scales = self.glue.pointer(ArrayArgument(RESULT, "scale", (rows, groups)), torch.float32)
+        block = power_of_two(self.size)
+        group = min(format.group or block, block)
+        limit = float(2 ** (format.bits - 1) - 1)
+        self.glue.do(
+            "single_row.quantize", codes, scales, value, self.number, self.channel, self.size,
+            block, group, limit,
+        )  # fmt: skip
+
+    def launch(self, count: Dim) -> Launch:
+        """Close the kernel: a program a row."""
+        block = power_of_two(self.size)
+        warps = min(32, max(1, block // CHANNELS_A_WARP))
+        return self.glue.launch((Cells(count),), warps=warps)
+
+
+def rows_of(region: Region) -> tuple[Dim, int] | None:
+    """Return the number of rows, and the known last axis over which a body is local to rows."""
+    root = region.root
+    source = root.inputs[0] if root.inputs else root
+    whole = source if isinstance(root.op, ops.Reduce) else root
+    shape = whole.tensor.shape
+    if not shape or not isinstance(shape[-1], int) or not 1 <= shape[-1] <= LARGEST:
+        return None
+    whole_row = (*STATISTICS, ops.Quantize, ops.Hadamard)
+    if not any(isinstance(n.op, whole_row) for n in region.body.nodes):
+        return None
+    if any(is_cache(operand) or operand.tensor.format for operand in region.operands):
+        return None
+    factors = {n.inputs[1] for n in region.body.nodes if isinstance(n.op, ops.Hadamard)}
+    if not all(isinstance(factor.op, ops.Input) for factor in factors):
+        return None
+    if not all(is_local(node, shape, root) for node in region.body.nodes if node not in factors):
+        return None
+    return element_count(shape[:-1]), shape[-1]
+
+
+def is_local(node: Node, shape: tuple[Dim, ...], root: Node) -> bool:
+    """Say whether row r of `node` depends on row r of its inputs alone."""
+    type, op = node.tensor, node.op
+    if not isinstance(op, ROW_OPS):
+        return False
+    if isinstance(op, ops.Quantize):
+        group = op.format.group
+        return node is root and (group is None or group == power_of_two(group))
+    if not type.is_float and type.shape == shape:
+        return False
+    last = len(shape) - 1
+    if isinstance(op, ops.Softmax) and (op.axis != last or type.shape != shape):
+        return False
+    if isinstance(op, ops.Reduce):
+        whole = op.axes == (last,) and node.inputs[0].tensor.shape == shape
+        return whole and (op.keepdim or node is root)
+    if isinstance(op, ops.RMSNorm | ops.LayerNorm) and node.inputs[0].tensor.shape != shape:
+        return False
+    if isinstance(op, ops.Hadamard) and type.shape != shape:
+        return False
+    return type.shape in (shape, shape[-1:], (*shape[:-1], 1), ())
+
+
+def rows(region: Region) -> Call | None:
+    """A body that is local to rows."""
+    found = rows_of(region)
+    if found is None:
+        return None
+    count, size = found
+    repack: dict[tuple[int, str], Repack] = {}
+    kept: dict[Node, Scratch] = {}
+    launches: list[Launch] = []
+    for node in region.body.nodes:
+        if isinstance(node.op, ops.Hadamard):
+            launches += rotation(region, node, found, kept, repack)
+    if region.root not in kept:
+        row = row_of(region, region.root, size, kept, repack)
+        row.store()
+        launches.append(row.launch(count))
+    return Call(count, (Variant(None, tuple(launches)),), repack)
+
+
+def row_of(
+    region: Region,
+    root: Node,
+    size: int,
+    kept: Mapping[Node, Scratch],
+    repack: dict[tuple[int, str], Repack],
+) -> Row:
+    """Begin a kernel that computes `root` from the inputs of the body and what is kept."""
+    glue, pointers = Glue("rows"), dict[Node, str]()
+    stack, seen = [root], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node not in kept:
+            stack += node.inputs
+    for node in region.body.nodes:
+        if node in seen and node in kept:
+            pointers[node] = glue.pointer(kept[node], kept[node].dtype)
+        elif node in seen and isinstance(node.op, ops.Input):
+            pointers[node] = declare_input(glue, region, node, repack)
+    number = glue.call("single_row.number")
+    channel = glue.call("single_row.channels", power_of_two(size))
+    return Row(glue, region, size, pointers, number, channel)
+
+
+def rotation(
+    region: Region,
+    node: Node,
+    rows_and_size: tuple[Dim, int],
+    kept: dict[Node, Scratch],
+    repack: dict[tuple[int, str], Repack],
+) -> list[Launch]:
+    """Write the launches that compute a rotation: what it rotates, where that is computed, then
+    the rotation, a block a program."""
+    assert isinstance(node.op, ops.Hadamard)
+    (count, size), (x, factor) = rows_and_size, node.inputs
+    launches = []
+    if not isinstance(x.op, ops.Input) and x not in kept:
+        row = row_of(region, x, size, kept, repack)
+        source = Scratch(f"before{len(kept)}", torch.float32, (count, size))
+        row.store_scratch(x, source)
+        launches.append(row.launch(count))
+        kept[x] = source
+    glue, order, block = Glue("hadamard"), int(factor.tensor.shape[0]), node.op.block
+    read = (
+        glue.pointer(kept[x], torch.float32)
+        if x in kept
+        else declare_input(glue, region, x, repack)
+    )
+    matrix = declare_input(glue, region, factor, repack)
+    lines, padded = block // order, 1 if order == 1 else max(16, power_of_two(order))
+    number = glue.call("hadamard.block")
+    tile = glue.call("hadamard.load", read, number, lines, order, padded)
+    if order == 1:
+        tile = glue.call("hadamard.scale", tile, matrix)
+    else:
+        tile = glue.call("hadamard.mix", tile, matrix, order, padded)
+    tile = glue.call("hadamard.butterflies", tile, lines, lines.bit_length() - 1, padded)
+    if node is region.root:
+        target = declare_result(glue, region)
+        kept[node] = Scratch("result", torch.float32, ())
+    else:
+        kept[node] = Scratch(f"rotated{len(kept)}", torch.float32, (count, size))
+        target = glue.pointer(kept[node], torch.float32)
+    glue.do("hadamard.store", target, number, tile, (order / block) ** 0.5, lines, order, padded)
+    blocks = element_count((count, size // block))
+    warps = min(8, max(1, lines * padded // CHANNELS_A_WARP))
+    return [*launches, glue.launch((Cells(blocks),), warps=warps)]
+
+
+row_rules: tuple[KernelRule, ...] = (rows,)

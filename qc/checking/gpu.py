@@ -1,0 +1,104 @@
+"""What the GPU backend will make of a planned graph: kernels, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qc.backends.linear_region import match_linear
+from qc.backends.lowering import region_key, single_nodes
+from qc.backends.region import region_of
+from qc.backends.triton.kernel import Call
+from qc.checking.linears import SIXTEEN_BITS, PlannedLinear, parameter_of
+from qc.checking.roofline import Work
+from qc.errors import UnsupportedError
+from qc.ir import ops
+from qc.ir.fused import Fused
+from qc.ir.graph import Graph
+from qc.ir.node import Node
+from qc.ir.target import Target
+from qc.ir.weights.weight import WeightFormat
+
+
+class GpuChooser:
+    """Asks the rules of the GPU backend; equal regions are asked for once."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.known: dict[object, Call | None] = {}
+
+    def call(self, node: Node) -> Call | None:
+        """Return what the first rule that takes a fused node makes of it."""
+        from qc.backends.triton.rules import GPU_RULES
+
+        region = region_of(node, self.target)
+        key = region_key(region)
+        if key not in self.known:
+            self.known[key] = next((c for rule in GPU_RULES if (c := rule(region))), None)
+        return self.known[key]
+
+    def require(self, node: Node) -> None:
+        """Refuse a node that has no kernel, whole or in parts.
+
+        UnsupportedError with its origin.
+        """
+        where = node.origin.module or None
+        if isinstance(node.op, ops.Torch):
+            raise UnsupportedError(
+                f"{node.op.overload} has no GPU kernel; the cpu and torch targets run it on torch",
+                origin=where,
+            )
+        if not isinstance(node.op, Fused) or self.call(node) is not None:
+            return
+        for part in single_nodes(node):
+            if self.call(part) is None:
+                assert isinstance(part.op, Fused)
+                op = part.op.body.outputs[0].op
+                raise UnsupportedError(f"no GPU kernel computes {op}", origin=where)
+
+    def linears(self, node: Node) -> Iterator[PlannedLinear]:
+        """Yield the linears of stored weights inside a fused node."""
+        if not isinstance(node.op, Fused):
+            return
+        linear = match_linear(region_of(node, self.target))
+        if linear is None:
+            return
+        rules = rules_of(self.call(node))
+        operands = dict(zip(node.op.body.inputs, node.inputs, strict=True))
+        for each, format in zip(linear.linears, linear.formats, strict=True):
+            weight = parameter_of(operands[each.inputs[1]])
+            work, baseline = (
+                gpu_work(f, weight.shape, weight.elements) for f in (format, SIXTEEN_BITS)
+            )
+            yield PlannedLinear(weight, linear.activation, rules, work, baseline)
+
+
+def rules_of(call: Call | None) -> tuple[str, ...]:
+    """Name the rules behind the launches for one row."""
+    launches = call.variants[0].launches if call is not None else ()
+    return tuple(dict.fromkeys(launch.rule for launch in launches)) or ("parts",)
+
+
+def gpu_work(format: WeightFormat, shape: tuple[int, ...], elements: int) -> Work:
+    """Return what a product costs: the stored bytes, and a multiply-add a weight and row."""
+    operations = 2.0 * elements
+    return Work(format.bits(shape) // 8, operations, operations, 1)
+
+
+def require_gpu_kernels(graph: Graph, target: Target) -> None:
+    """Refuse a planned graph with a node that no kernel computes. UnsupportedError."""
+    chooser = GpuChooser(target)
+    for node in graph.nodes:
+        chooser.require(node)
+
+
+def gpu_kernel_count(graph: Graph, target: Target) -> int:
+    """Count the kernels to compile: launches that differ, for every architecture."""
+    from qc.backends.triton.glue import launch_name
+
+    chooser, names = GpuChooser(target), set()
+    for node in graph.nodes:
+        call = chooser.call(node) if isinstance(node.op, Fused) else None
+        for variant in call.variants if call is not None else ():
+            names |= {launch_name(launch) for launch in variant.launches}
+    assert target.gpu is not None
+    return len(names) * len(target.gpu.architectures)

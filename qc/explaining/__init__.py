@@ -1,0 +1,1 @@
+"""Explaining what quantization lost, layer by layer and pass by pass."""

@@ -1,0 +1,1 @@
+"""Parts of a weight stored by themselves: low rank, outliers."""

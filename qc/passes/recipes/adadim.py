@@ -1,0 +1,16 @@
+"""adadim: groups along the inputs or the outputs, whichever loses less."""
+
+from qc.passes.quantize.adaptive_axis import AdaptiveAxis
+from qc.passes.quantize.round_to_nearest import RoundToNearest
+from qc.passes.recipes.recipe import Recipe
+from qc.passes.recipes.rounding import STORE_16
+
+ADADIM = Recipe(
+    "adadim",
+    (*STORE_16, AdaptiveAxis("int3·g128·zero"), RoundToNearest("f16")),
+    paper="Heo et al. 2023, AdaDim, arXiv 2309.15531, section 3",
+    claims=(
+        "the loss of every layer is the smaller of the two axes",
+        "the share of layers that choose outputs is neither 0 nor all",
+    ),
+)

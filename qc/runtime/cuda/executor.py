@@ -1,0 +1,437 @@
+"""Run a program on a GPU: every step is a launch, and calls that come again are one graph.
+
+What changes from call to call, the tokens and what depends on how many came before, lies in memory
+that the launches read: so a graph stays valid while sizes and addresses do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qc.errors import ArtifactError
+from qc.runtime.cuda.driver import LIBRARY, Driver, Function, find_driver
+from qc.runtime.cuda.memory import DeviceMemory, DeviceState, Staging, round_up
+from qc.runtime.cuda.order import Access, dependencies
+from qc.runtime.dtypes import DType
+from qc.runtime.executor import Binding, Executor, Program, StepList
+from qc.runtime.expression import Expression, parse_expression
+from qc.runtime.manifest import (
+    PAST,
+    WEIGHTS,
+    Binary,
+    Code,
+    Dim,
+    KernelStep,
+    Manifest,
+    Scalar,
+    Step,
+    Value,
+    ValueArg,
+)
+from qc.runtime.safetensors_file import SafetensorsFile
+
+__all__ = ["CudaExecutor", "CudaProgram", "open_cuda_program"]
+
+_WARP = 32
+HIDDEN_POINTERS = 2
+"""Triton's kernels take two more pointers, to scratch memory that these have no use for."""
+SLOT = 16
+"""Bytes from one size in memory to the next: kernels count on addresses that are multiples."""
+_RUNS_BEFORE_GRAPH = 1
+"""A call that came once may not come again; recording one costs about as much as running it."""
+
+
+def open_cuda_program(folder: Path, manifest: Manifest) -> CudaProgram:
+    """Read what needs no GPU; the first call looks for one."""
+    weights = SafetensorsFile(folder / WEIGHTS) if WEIGHTS in manifest.files else {}
+    return CudaProgram(folder, manifest, weights)
+
+
+class CudaProgram(Program):
+    """Hold what was loaded and never changes."""
+
+    library_name = LIBRARY
+    """The driver to load."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, NDArray[Any]]
+    ) -> None:
+        super().__init__(manifest, weights, None)
+        self.folder = folder
+        self._opening = threading.Lock()
+
+    @property
+    def device(self) -> Device:
+        """The GPU with kernels and weights on it, found when it is first needed.
+
+        ArtifactError where there is none, or one that the kernels are not for.
+        """
+        with self._opening:
+            return self._device
+
+    @cached_property
+    def _device(self) -> Device:
+        driver = find_driver(self.library_name)
+        images: dict[str, bytes] = {}
+        functions = {
+            name: load_code(driver, self.folder, name, code, images)
+            for name, code in self.manifest.code.items()
+        }
+        memory, addresses = upload_weights(driver, self.weights)
+        return Device(driver, functions, memory, addresses)
+
+    def executor(self) -> CudaExecutor:
+        return CudaExecutor(self)
+
+    def make_listing(self, steps: Sequence[Step]) -> StepList:
+        """Prepare steps for every call that takes them."""
+        return StepList(self, steps)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, the kernels that are loaded on it, and the addresses of the weights by value."""
+
+    driver: Driver
+    functions: Mapping[str, Function]
+    memory: DeviceMemory
+    addresses: Mapping[int, int]
+
+
+def upload_weights(
+    driver: Driver, weights: Mapping[int, NDArray[Any]]
+) -> tuple[DeviceMemory, dict[int, int]]:
+    """Copy all weights to the device; return the memory and the address of each value."""
+    memory = DeviceMemory(driver, sum(round_up(array.nbytes) for array in weights.values()))
+    addresses, at = {}, 0
+    for index, array in weights.items():
+        memory.write(array, at)
+        addresses[index] = memory.address + at
+        at += round_up(array.nbytes)
+    return memory, addresses
+
+
+def load_code(
+    driver: Driver, folder: Path, name: str, code: Code, images: dict[str, bytes]
+) -> Function:
+    """Load a kernel from its file for this GPU. Raises ArtifactError."""
+    binary = fitting_binary(driver, name, code)
+    if binary.file not in images:
+        try:
+            images[binary.file] = (folder / binary.file).read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"cannot read {folder / binary.file}: {error.strerror}") from None
+    image = images[binary.file] + b"\0"  # PTX is a text that ends so; other code says its length
+    return driver.load_function(image, code.function, _WARP * code.warps, binary.shared)
+
+
+def fitting_binary(driver: Driver, name: str, code: Code) -> Binary:
+    """Return the code of a kernel for this GPU: its own architecture's, an older one's of the same
+    generation, or what the driver translates. Raises ArtifactError."""
+    here = driver.capability
+    ranked = []
+    for binary in code.binaries:
+        kind, _, number = binary.architecture.rpartition("_")
+        built = int(number) if kind in ("sm", "ptx") else 0
+        # From 9.0 on, machine code uses what only its own architecture has.
+        same = built == here or (built < 90 and built // 10 == here // 10 and built <= here)
+        if binary.shared <= driver.most_shared and (
+            (kind == "sm" and same) or (kind == "ptx" and built <= here)
+        ):
+            ranked.append(((kind == "sm", built), binary))
+    if not ranked:
+        known = ", ".join(binary.architecture for binary in code.binaries) or "nothing"
+        raise ArtifactError(
+            f"the kernel {name} was compiled for {known}; the GPU here ({driver.name}) is "
+            f"sm_{here}: compile the model for cuda:sm_{here}"
+        )
+    return max(ranked, key=lambda each: each[0])[1]
+
+
+class CudaExecutor(Executor):
+    """Run a `CudaProgram` with its own state. One call at a time: `lock` is the caller's."""
+
+    program: CudaProgram
+
+    def __init__(self, program: CudaProgram) -> None:
+        super().__init__(program)
+        self._device_state: DeviceState | None = None
+        self._scratch: DeviceMemory | None = None
+
+    def reserve(self, batch: int, positions: int) -> None:
+        self.program.device.driver.activate()
+        super().reserve(batch, positions)
+
+    def bind(self, sizes: Mapping[str, int]) -> Binding:
+        self.program.device.driver.activate()
+        return super().bind(sizes)
+
+    def reset(self) -> None:
+        self.program.device.driver.activate()
+        super().reset()
+
+    def make_state(self, layout: Sequence[tuple[DType, tuple[int, ...]]]) -> Any:
+        """Return zeros for the state."""
+        return DeviceState(self.program.device.driver, layout)
+
+    def make_binding(self, listing: StepList, sizes: Mapping[str, int]) -> Binding:
+        """Return a listing with every argument in place."""
+        state: Any = self._state
+        indices = [i for i, v in enumerate(self.program.manifest.values) if v.kind == "state"]
+        addresses = state.addresses if state is not None else []
+        return CudaBinding(
+            self.program, listing, sizes, dict(zip(indices, addresses, strict=True)), self
+        )
+
+    def scratch(self, size: int) -> DeviceMemory:
+        """Return memory that all bindings share; one that was too small lives with its bindings."""
+        if self._scratch is None or size > self._scratch.size:
+            self._scratch = DeviceMemory(self.program.device.driver, size)
+        return self._scratch
+
+
+class CudaBinding(Binding):
+    """Hold steps for certain sizes, ready to run. `inputs` and `outputs` are arrays by name: fill
+    the former, run, read the latter, which the next run overwrites."""
+
+    def __init__(
+        self,
+        program: CudaProgram,
+        listing: StepList,
+        sizes: Mapping[str, int],
+        state: Mapping[int, int],
+        executor: CudaExecutor,
+    ) -> None:
+        # Nothing of the native tables is needed, so the base class is not initialised.
+        self._driver = program.device.driver
+        self._symbols = dict(sizes) | {PAST: 0}
+        self._memo: dict[Dim, int] = {}
+        self._runs, self._graph = 0, ctypes.c_void_p()
+        placement = listing.place(self._size)
+        self.arena_bytes = placement.arena
+        self._arena = executor.scratch(placement.arena)
+        values = program.manifest.values
+        self._moving_sizes = [parse_expression(text) for text in moving_sizes(listing.steps)]
+        given = [i for i, value in enumerate(values) if value.kind == "input"]
+        taken = [i for i, value in enumerate(values) if value.kind == "output"]
+        shapes = placement.shapes
+        moving = np.dtype(np.int32), (len(self._moving_sizes), SLOT // 4)
+        self._in = Staging(self._driver, [moving, *(layout(values[i], shapes[i]) for i in given)])
+        self._out = Staging(self._driver, [layout(values[i], shapes[i]) for i in taken])
+        self._addresses = {
+            **program.device.addresses,
+            **state,
+            **{i: self._arena.address + at for i, at in placement.offsets.items()},
+            **dict(zip(given, self._in.addresses[1:], strict=True)),
+            **dict(zip(taken, self._out.addresses, strict=True)),
+        }
+        self.inputs = {values[i].name: a for i, a in zip(given, self._in.arrays[1:], strict=True)}
+        self.outputs = {values[i].name: a for i, a in zip(taken, self._out.arrays, strict=True)}
+        places = {
+            each.text: self._in.addresses[0] + SLOT * number
+            for number, each in enumerate(self._moving_sizes)
+        }
+        writer = LaunchWriter(program, self._size, self._addresses, places)
+        self._launches = list(writer.launches(listing.steps))
+
+    def run(self, past: int = 0) -> None:
+        """Run all steps with `past` tokens in the state, and wait. Raises ArtifactError."""
+        self._driver.activate()
+        self._set_sizes(past)
+        if self._graph.value:
+            self._driver.launch_graph(self._graph)
+        elif self._runs < _RUNS_BEFORE_GRAPH:
+            self._enqueue()
+        else:
+            self._record()
+            self._driver.launch_graph(self._graph)
+        self._runs += 1
+        self._driver.synchronize()
+
+    def _set_sizes(self, past: int) -> None:
+        self._symbols[PAST] = past
+        self._in.arrays[0][:, 0] = [each(self._symbols) for each in self._moving_sizes]
+
+    def _enqueue(self) -> None:
+        """Put everything on the stream."""
+        self._in.upload()
+        for launch in self._launches:
+            launch.enqueue(self._driver)
+        self._out.download()
+
+    def _record(self) -> None:
+        """Make a graph of everything, in which launches wait only for what they need."""
+        driver, nodes = self._driver, list[int]()
+        order = [launch.access for launch in self._launches]
+        driver.begin_capture()
+        try:
+            self._in.upload()
+            first = driver.recorded()
+            for launch, waits in zip(self._launches, dependencies(order), strict=True):
+                driver.wait_for([nodes[number] for number in sorted(waits)] or first)
+                launch.enqueue(driver)
+                nodes += driver.recorded()
+            driver.wait_for(nodes or first)
+            self._out.download()
+        except BaseException:
+            self._driver.refused("cuStreamEndCapture", self._driver.stream, ctypes.byref(Handle()))
+            raise
+        self._graph = self._driver.end_capture()
+
+    def profile(self, past: int = 0) -> NDArray[np.float64]:
+        """Run all steps like `run`, one by one, and return the seconds that each took."""
+        self._driver.activate()
+        self._set_sizes(past)
+        self._in.upload()
+        events = [self._driver.event() for _ in range(len(self._launches) + 1)]
+        self._driver.record(events[0])
+        for launch, event in zip(self._launches, events[1:], strict=True):
+            launch.enqueue(self._driver)
+            self._driver.record(event)
+        self._out.download()
+        self._driver.synchronize()
+        times = [self._driver.seconds_between(a, b) for a, b in pairwise(events)]
+        for event in events:
+            self._driver.refused("cuEventDestroy_v2", event)
+        return np.array(times)
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """The steps that a run takes."""
+        return [launch.step for launch in self._launches]
+
+    def __del__(self) -> None:
+        if getattr(self, "_graph", None) is not None and self._graph.value:
+            self._driver.refused("cuGraphExecDestroy", self._graph)
+
+
+Handle = ctypes.c_void_p
+
+
+class Launch:
+    """A step with its arguments in place."""
+
+    def __init__(
+        self,
+        step: KernelStep,
+        function: Function,
+        grid: Sequence[int],
+        slots: list[Any],
+        access: Access,
+    ) -> None:
+        self.step, self.function, self.grid, self.access = step, function, grid, access
+        self.slots = slots  # the driver reads them through `arguments`
+        self.arguments = (Handle * len(slots))(*[ctypes.addressof(slot) for slot in slots])
+
+    def enqueue(self, driver: Driver) -> None:
+        """Put the launch on the stream. Raises ArtifactError."""
+        try:
+            driver.launch(self.function, self.grid, self.arguments)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"kernel {self.step.kernel!r} failed: {error.message}",
+                origin=self.step.origin or None,
+            ) from None
+
+
+@dataclass(frozen=True)
+class LaunchWriter:
+    """Puts the arguments of steps where the driver reads them.
+
+    `addresses` are those of values; `moving` those of sizes that depend on how many tokens came
+    before.
+    """
+
+    program: CudaProgram
+    size: Callable[[Dim], int]
+    addresses: Mapping[int, int]
+    moving: Mapping[str, int]
+
+    def launches(self, steps: Sequence[Step]) -> Iterator[Launch]:
+        """Yield a launch for every step that has any programs to run."""
+        for step in steps:
+            assert isinstance(step, KernelStep)
+            code = self.program.manifest.code[step.kernel]
+            slots = [
+                self.slot(step, argument, kind)
+                for argument, kind in zip(step.args, code.parameters, strict=True)
+            ]
+            slots += [ctypes.c_uint64(0)] * HIDDEN_POINTERS
+            grid = tuple(self.size(dim) for dim in step.grid)
+            if 0 not in grid:
+                function = self.program.device.functions[step.kernel]
+                yield Launch(step, function, grid, slots, self.access(step))
+
+    def access(self, step: KernelStep) -> Access:
+        """Return the memory of the values that a step reads and writes."""
+        return Access(
+            tuple(self.span(index) for index in step.reads),
+            tuple(self.span(index) for index in step.writes),
+        )
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Return where a value lies."""
+        value, start = self.program.manifest.values[index], self.addresses[index]
+        return start, start + self.count(value.shape) * value.element.bytes
+
+    def slot(self, step: KernelStep, argument: ValueArg | Scalar, kind: str) -> Any:
+        """Return one argument as the driver takes it."""
+        if isinstance(argument, ValueArg):
+            return ctypes.c_uint64(self.address(step, argument))
+        if kind == "pointer":
+            return ctypes.c_uint64(self.moving[parse_expression(argument.symbol).text])
+        return integer_slot(kind, self.size(argument.symbol), step)
+
+    def address(self, step: KernelStep, argument: ValueArg) -> int:
+        """Return where an array argument starts, within its value."""
+        value = self.program.manifest.values[argument.value]
+        offset = self.size(argument.offset)
+        shape = value.shape if argument.shape is None else argument.shape
+        needed, room = self.count(shape) + offset, self.count(value.shape)
+        if needed > room:
+            raise ArtifactError(
+                f"{step.kernel} uses {needed} elements of value {value.name!r}, which has {room} "
+                "in this call",
+                origin=step.origin or None,
+            )
+        return self.addresses[argument.value] + offset * value.element.bytes
+
+    def count(self, shape: Sequence[Dim]) -> int:
+        """Multiply sizes."""
+        return prod(self.size(dim) for dim in shape)
+
+
+def layout(value: Value, shape: tuple[int, ...]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Return how a value lies in memory."""
+    return value.element.numpy, shape
+
+
+def moving_sizes(steps: Sequence[Step]) -> list[str]:
+    """List the sizes that depend on how many tokens came before."""
+    found: dict[str, None] = {}
+    for step in steps:
+        for argument in step.args if isinstance(step, KernelStep) else ():
+            if isinstance(argument, Scalar):
+                size: Expression = parse_expression(argument.symbol)
+                if PAST in size.symbols:
+                    found[size.text] = None
+    return list(found)
+
+
+def integer_slot(kind: str, value: int, step: KernelStep) -> Any:
+    """Return an integer argument. Raises ArtifactError where it has too many bits."""
+    bits = 31 if kind == "i32" else 63
+    if not -(1 << bits) <= value < 1 << bits:
+        raise ArtifactError(f"{step.kernel} takes {kind}, and a size in this call is {value}")
+    return ctypes.c_int32(value) if kind == "i32" else ctypes.c_int64(value)

@@ -1,0 +1,276 @@
+"""Bodies of every kind that is no linear, with values: what the GPU's kernels must compute.
+
+Names are the tests'; numbers are drawn anew for each, from a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qc.ir import ops
+from qc.ir.fused import fuse
+from qc.ir.node import Node, make
+from qc.ir.types import ActivationFormat, Dim, TensorType, symbol
+
+BATCH, SEQ, KEEP, PAST = (symbol(name) for name in ("batch", "seq", "keep", "past"))
+HALF, LONG = torch.float16, torch.int64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fused node, the values of its operands, the sizes, and the rows that choose a variant."""
+
+    node: Node
+    operands: tuple[Tensor, ...]
+    sizes: Mapping[str, int]
+    rows: int = 6
+
+
+def value(label: str, *shape: Dim, dtype: torch.dtype = torch.float32) -> Node:
+    """Make an input of a graph."""
+    return make(ops.Input(label, TensorType(shape, dtype)))
+
+
+def case_of(
+    root: Node, values: Mapping[Node, Tensor], sizes: Mapping[str, int], rows: int = 6
+) -> Case:
+    """Fuse everything under `root` down to what has values."""
+    inside: set[Node] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node in inside or node in values or isinstance(node.op, ops.Scalar):
+            continue
+        inside.add(node)
+        stack.extend(node.inputs)
+    fused = fuse("test", root, frozenset(inside))
+    return Case(fused, tuple(values[each] for each in fused.inputs), sizes, rows)
+
+
+SIZES = {"batch": 2, "seq": 3, "keep": 2, "past": 5, "context": 16}
+
+
+def rows(make_root: Callable[..., Node], vectors: int = 1, channels: int = 56) -> Case:
+    """A body over rows and some vectors along them."""
+    x = value("x", BATCH, SEQ, channels)
+    others = [value(f"w{i}", channels) for i in range(vectors)]
+    values = {x: torch.randn(2, 3, channels), **{w: torch.randn(channels) for w in others}}
+    return case_of(make_root(x, *others), values, SIZES)
+
+
+def quantized_norm(group: int | None, channels: int) -> Case:
+    """A norm that ends in int8 codes."""
+
+    def root(x: Node, gain: Node) -> Node:
+        norm = make(ops.RMSNorm(1e-5), x, gain)
+        return make(ops.Quantize(ActivationFormat(8, group)), norm)
+
+    return rows(root, channels=channels)
+
+
+def rotated(channels: int, block: int, order: int, after: bool, before: bool) -> Case:
+    """A rotation, perhaps behind a norm, perhaps in front of codes."""
+    x, gain, factor = (
+        value("x", BATCH, SEQ, channels),
+        value("g", channels),
+        value("f", order, order),
+    )
+    source = make(ops.RMSNorm(1e-5), x, gain) if before else x
+    root = make(ops.Hadamard(block), source, factor)
+    if after:
+        root = make(ops.Quantize(ActivationFormat(8, 32)), root)
+    mixing = torch.linalg.qr(torch.randn(order, order)).Q
+    values = {x: torch.randn(2, 3, channels), gain: torch.rand(channels) + 0.5, factor: mixing}
+    return case_of(root, values, SIZES)
+
+
+def residual_norm() -> Case:
+    """Element by element in front of a norm and behind it."""
+    x, y, gain = value("x", BATCH, SEQ, 40), value("y", BATCH, SEQ, 40), value("g", 40)
+    half = make(ops.Scalar(0.5))
+    inner = make(ops.Binary("add"), make(ops.Binary("mul"), x, half), y)
+    root = make(ops.Unary("gelu"), make(ops.RMSNorm(1e-6), inner, gain))
+    values = {x: torch.randn(2, 3, 40), y: torch.randn(2, 3, 40), gain: torch.randn(40)}
+    return case_of(root, values, SIZES)
+
+
+def angles() -> Case:
+    """Angles of rotations, at positions that float16 does not hold."""
+    frequency = value("f", 7)
+    place = make(ops.Reshape((1, SEQ, 1)), make(ops.Arange(SEQ, PAST)))
+    product = make(ops.Binary("mul"), make(ops.Cast(torch.float32), place), frequency)
+    root = make(ops.Unary("cos"), make(ops.Concat(2), product, product))
+    return case_of(root, {frequency: torch.rand(7)}, {**SIZES, "past": 4099})
+
+
+def embedding() -> Case:
+    ids, table = value("ids", BATCH, SEQ, dtype=LONG), value("table", 320, 56)
+    values = {ids: torch.randint(0, 320, (2, 3)), table: torch.randn(320, 56)}
+    return case_of(make(ops.Embedding(), ids, table), values, SIZES)
+
+
+def trailing() -> Case:
+    x = value("x", BATCH, SEQ, 56)
+    root = make(ops.Slice(1, SEQ - KEEP, SEQ), x)
+    return case_of(root, {x: torch.randn(2, 3, 56)}, SIZES)
+
+
+def strided() -> Case:
+    x = value("x", BATCH, SEQ, 8, 7)
+    root = make(ops.Permute((0, 2, 1, 3)), make(ops.Slice(2, 1, 7, 3), x))
+    return case_of(root, {x: torch.randn(2, 3, 8, 7)}, SIZES)
+
+
+def reshaped() -> Case:
+    x, y = value("x", BATCH, SEQ, 6, 8), value("y", BATCH, 1, 48)
+    merged = make(ops.Reshape((BATCH, SEQ, 48)), x)
+    root = make(ops.Binary("sub"), merged, make(ops.Expand((BATCH, SEQ, 48)), y))
+    return case_of(root, {x: torch.randn(2, 3, 6, 8), y: torch.randn(2, 1, 48)}, SIZES)
+
+
+def chosen() -> Case:
+    """Comparisons, logic, integers, a condition."""
+    a, b = value("a", BATCH, SEQ, 9, dtype=LONG), value("b", BATCH, SEQ, 9, dtype=LONG)
+    x = value("x", BATCH, SEQ, 9)
+    low = make(ops.Binary("lt"), a, b)
+    odd = make(ops.Binary("ne"), make(ops.Binary("floordiv"), a, make(ops.Scalar(2, LONG))), b)
+    both = make(ops.Binary("and"), low, make(ops.Unary("not"), odd))
+    root = make(ops.Where(), both, x, make(ops.Cast(torch.float32), b))
+    values = {a: torch.randint(-9, 9, (2, 3, 9)), b: torch.randint(-9, 9, (2, 3, 9)),
+              x: torch.randn(2, 3, 9)}  # fmt: skip
+    return case_of(root, values, SIZES)
+
+
+def unary(kind: str) -> Case:
+    x = value("x", BATCH, SEQ, 10)
+    values = 3 * torch.randn(2, 3, 10)
+    return case_of(
+        make(ops.Unary(kind), x),
+        {x: values.abs() + 0.1 if kind in ("log", "sqrt", "rsqrt") else values},
+        SIZES,
+    )
+
+
+def binary(kind: str) -> Case:
+    x, y = value("x", BATCH, SEQ, 10), value("y", BATCH, SEQ, 10)
+    values = {x: 2 * torch.randn(2, 3, 10), y: torch.randn(2, 3, 10)}
+    if kind == "pow":
+        values[y] = values[y].round()
+    return case_of(make(ops.Binary(kind), x, y), values, SIZES)
+
+
+def gated(kind: str) -> Case:
+    x, y = value("x", BATCH, SEQ, 10), value("y", BATCH, SEQ, 10)
+    values = {x: 2 * torch.randn(2, 3, 10), y: torch.randn(2, 3, 10)}
+    return case_of(make(ops.GatedActivation(kind), x, y), values, SIZES)
+
+
+def rotation(new: Node, rotary: int, batches: Dim = 1) -> tuple[Node, dict[Node, Tensor]]:
+    """Return a rotation of heads, and its tables."""
+    cos, sin = (value(name, batches, SEQ, rotary) for name in ("cos", "sin"))
+    angle = 6 * torch.rand(2 if batches == BATCH else 1, 3, rotary)
+    return make(ops.Rope(), new, cos, sin), {cos: angle.cos(), sin: angle.sin()}
+
+
+def appended(rotated: bool) -> Case:
+    past, new = value("past", BATCH, PAST, 3, 14, dtype=HALF), value("new", BATCH, SEQ, 3, 14)
+    source, tables = rotation(new, 14) if rotated else (new, {})
+    values = {past: torch.randn(2, 5, 3, 14).half(), new: torch.randn(2, 3, 3, 14), **tables}
+    return case_of(make(ops.Append(), past, source), values, SIZES)
+
+
+def rope() -> Case:
+    """A rotation alone, of some of the channels, with tables for each sequence."""
+    x = value("x", BATCH, SEQ, 3, 20)
+    root, tables = rotation(x, 12, BATCH)
+    return case_of(root, {x: torch.randn(2, 3, 3, 20), **tables}, SIZES)
+
+
+def attention(
+    seq: int,
+    past: int,
+    *,
+    heads: tuple[int, int] = (6, 3),
+    rotated: bool = True,
+    mask: torch.dtype | None = None,
+    cached: bool = True,
+    **options: Any,
+) -> Case:
+    """An attention of `seq` queries; `cached`: to keys and values in a cache with `past` more."""
+    many, few = heads
+    q, total = value("q", BATCH, SEQ, many, 14), seq + past if cached else seq
+    new = value("new", BATCH, SEQ, few, 14)
+    k, v = (value(name, BATCH, SEQ, few, 14) for name in ("k", "v"))
+    if cached:
+        pasts = [value(name, BATCH, PAST, few, 14, dtype=HALF) for name in ("pk", "pv")]
+        k, v = (make(ops.Append(), each, new) for each in pasts)
+    cos, sin = (value(name, 1, SEQ, 14) for name in ("cos", "sin"))
+    angle = 6 * torch.rand(1, seq, 14)
+    values = {
+        q: torch.randn(2, seq, many, 14), cos: angle.cos(), sin: angle.sin(),
+        k: torch.randn(2, total, few, 14).to(k.tensor.dtype),
+        v: torch.randn(2, total, few, 14).to(v.tensor.dtype),
+    }  # fmt: skip
+    masks = []
+    if mask == torch.bool:
+        masks = [value("m", BATCH, 1, 1, SEQ, dtype=mask)]
+        values[masks[0]] = torch.rand(2, 1, 1, total) > 0.3
+    elif mask is not None:
+        masks = [value("m", 1, many, SEQ, SEQ, dtype=mask)]
+        values[masks[0]] = torch.randn(1, many, seq, total).to(mask)
+    query = make(ops.Rope(), q, cos, sin) if rotated else q
+    root = make(ops.Attention(14**-0.5, **options), query, k, v, *masks)
+    sizes = {"batch": 2, "seq": seq, "past": past, "context": total + 7}
+    return case_of(root, values, sizes, seq)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "rms_norm": partial(rows, lambda x, g: make(ops.RMSNorm(1e-5), x, g)),
+    "layer_norm": partial(rows, lambda x, g, b: make(ops.LayerNorm(1e-5), x, g, b), 2),
+    "softmax": partial(rows, lambda x: make(ops.Softmax(2), x), 0),
+    **{
+        f"reduce {kind}": partial(
+            rows, lambda x, kind=kind: make(ops.Reduce(kind, (2,)), x), 0
+        )
+        for kind in ops.REDUCTIONS
+    },
+    "quantize in groups": partial(quantized_norm, 32, 56),
+    "quantize a token": partial(quantized_norm, None, 33),
+    "residual and norm": residual_norm,
+    "rotation": partial(rotated, 64, 64, 1, False, False),
+    "rotation of blocks, quantized": partial(rotated, 128, 32, 1, True, True),
+    "rotation by a factor": partial(rotated, 96, 48, 12, False, True),
+    "rotation by a factor, quantized": partial(rotated, 72, 36, 36, True, False),
+    "angles": angles,
+    "embedding": embedding,
+    "trailing positions": trailing,
+    "strided slice, permuted": strided,
+    "reshape and expand": reshaped,
+    "conditions and integers": chosen,
+    **{kind: partial(unary, kind) for kind in ops.UNARY if kind != "not"},
+    **{kind: partial(binary, kind) for kind in ops.BINARY if kind not in ("and", "or")},
+    **{f"gated {kind}": partial(gated, kind) for kind in ops.GATES},
+    "append": partial(appended, False),
+    "append rotated": partial(appended, True),
+    "rope": rope,
+    "decode": partial(attention, 1, 100, causal=True),
+    "decode, first token": partial(attention, 1, 0, causal=True),
+    "decode, a head each": partial(attention, 2, 70, heads=(3, 3), causal=True),
+    "decode, window and cap": partial(attention, 2, 150, causal=True, window=20, softcap=5.0),
+    "prefill": partial(attention, 70, 9, causal=True),
+    "prefill, window": partial(attention, 70, 90, causal=True, window=20),
+    "prefill, plain": partial(attention, 20, 0, rotated=False, cached=False),
+    "few, plain": partial(attention, 5, 0, rotated=False, cached=False),
+    "mask of bool": partial(
+        attention, 20, 0, rotated=False, cached=False, mask=torch.bool
+    ),
+    "mask to add": partial(
+        attention, 5, 0, rotated=False, cached=False, mask=torch.float32, softcap=3.0
+    ),
+}  # fmt: skip

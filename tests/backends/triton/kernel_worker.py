@@ -1,0 +1,123 @@
+"""Run what the interpreter is needed for, and print the errors found as JSON.
+
+A process of its own, because Triton decides whether it interprets when it is imported, for all of
+its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker` with
+`kernels`, or `model RECIPE FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from tests.backends.triton import interpreted  # before triton
+
+# isort: split
+
+import numpy as np
+import torch
+
+import qc
+from qc.backends.artifact import ArtifactFacts
+from qc.backends.triton.append import append_rules
+from qc.backends.triton.artifact import manifest_of
+from qc.backends.triton.attention import attention_rules
+from qc.backends.triton.elements import element_rules
+from qc.backends.triton.golden import golden_checks
+from qc.backends.triton.lower import GpuLowering
+from qc.backends.triton.rows import row_rules
+from qc.backends.triton.rules import GPU_RULES
+from qc.ir.fused import Fused
+from qc.ir.meaning import evaluate_nodes
+from qc.ir.quantized import QuantizedTensor
+from qc.ir.target import Target, parse_machine
+from qc.runtime.manifest import Code
+from tests.backends.triton.interpreted_program import InterpretedProgram, check_golden
+from tests.backends.triton.kernel_cases import CASES, Case
+
+RULES = (*attention_rules, *append_rules, *row_rules, *element_rules)
+
+
+def small_target() -> Target:
+    """A GPU of few multiprocessors, so that decoding is split into two parts and not 64."""
+    target = parse_machine("cuda:sm_80")
+    assert target.gpu is not None
+    return replace(target, gpu=replace(target.gpu, multiprocessors=6))
+
+
+def kernel_error(case: Case) -> float:
+    """Run one case; return its error, relative to the norm."""
+    op = case.node.op
+    assert isinstance(op, Fused)
+    known = dict(zip(op.body.inputs, case.operands, strict=True))
+    expected = evaluate_nodes(op.body.outputs, {}, case.sizes, known=known)[0]
+    call = interpreted.call_of(case.node, RULES, small_target())
+    found = interpreted.run(case.node, call, case.operands, case.sizes, case.rows)
+    if isinstance(expected, QuantizedTensor):
+        codes = found["codes"].reshape(expected.codes.shape).int()
+        off = float((codes - expected.codes.int()).abs().max()) > 1  # a border may be crossed
+        return off + interpreted.relative(found["scale"], expected.scale)
+    if call.in_place is not None:
+        found = found[:, : expected.shape[1]]
+    return interpreted.relative(found, expected)
+
+
+def kernels() -> dict[str, float]:
+    """Run all cases."""
+    errors = {}
+    for name, make_case in CASES.items():
+        torch.manual_seed(0)
+        errors[name] = kernel_error(make_case())
+    return errors
+
+
+def model(recipe: str, folder: str) -> dict[str, float]:
+    """Run a model: its golden checks, a prompt, and tokens one by one, against the graph."""
+    quantized = qc.trace(folder).quantize(recipe)
+    target = small_target()
+    lowering = GpuLowering(quantized.lower(target).graph, target, GPU_RULES)
+    program = lowering.run()
+    code = {
+        name: Code(
+            each.function, each.num_warps,
+            tuple("pointer" if p.type.startswith("*") else p.type for p in each.parameters), (),
+            dict(each.constants),
+        )
+        for name, each in program.kernels.items()
+    }  # fmt: skip
+    golden = golden_checks(lowering)
+    captured = quantized.captured.captured
+    facts = ArtifactFacts("test", captured.eos_ids, None, captured.context_length)
+    manifest = manifest_of(program, facts, False, code, golden)
+    sources = {name: each.source for name, each in program.kernels.items()}
+    weights = {name: compute().contiguous().numpy() for name, compute in program.arrays.items()}
+    running = InterpretedProgram(manifest, sources, weights)
+    errors = {
+        f"golden {number}: {manifest.steps[check.steps[-1]].kernel}":
+            check_golden(running, golden.arrays, check) / check.tolerance
+        for number, check in enumerate(manifest.golden)
+    }  # fmt: skip
+    ids = [1, 5, 200, 7, 9, 30, 4, 4, 100, 12, 13]
+    expected = quantized(input_ids=torch.tensor([ids]))["logits"][0]
+    artifact = running.artifact()
+    errors["prompt"] = interpreted.relative(artifact(ids), expected)
+    session = artifact.session()
+    found = [session.prefill(ids[:-3]), *(session.step(i) for i in ids[-3:])]
+    errors["steps"] = interpreted.relative(np.concatenate(found), expected[-4:])
+    return errors
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """Run what is asked for."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return kernels() if arguments[0] == "kernels" else model(*arguments[1:])
+
+
+if __name__ == "__main__":
+    out = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no result
+    json.dump(main(sys.argv[1:]), out)

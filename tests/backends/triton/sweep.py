@@ -1,0 +1,54 @@
+"""All linear cases: every example format in small and odd shapes, the named sums, all buckets."""
+
+from __future__ import annotations
+
+from qc.ir.weights.catalog import example_formats
+from tests.backends.triton.cases import Case
+
+SHAPES = ((48, 96, 1), (50, 128, 3), (33, 70, 5), (64, 256, 2), (96, 160, 17), (130, 512, 1))
+"""out, in, rows, in turns."""
+
+SUMS = (
+    Case("int4·g32 + rank16", 64, 128, 3, None, "all"),
+    Case("int4·g32·min + sparse1%", 64, 128, 3, None, "residual"),
+    Case("int3·g64·zero + rank4 + sparse5%", 70, 192, 2, None, "gated"),
+    Case("int4·g128 + rank32 + sparse1%", 128, 512, 1, None, "all"),
+    Case("int4·g128 + rank32 + sparse1%", 128, 512, 16, None, "all"),
+    Case("int2·g32·min + columns20%(int4·row·zero) + rank1", 48, 96, 4, 0, "bias"),
+    Case("int5·g32 + train2·bond4 + signs1·row·offset", 64, 128, 20, None, "all"),
+    Case("kept50%·g16(int4·row) + rank8", 64, 256, 1, None, "residual"),
+    Case("planes3·g64 + sparse1%", 50, 192, 5, 32, "gated"),
+    Case("int4·g128 + rank8 + sparse1%", 64, 512, 1, 0, "all"),
+    Case("int4·g64·zero", 50, 1024, 9, 256, "gated"),
+    Case("int8·g32 + int4·row·min", 48, 256, 20, 0, "bias"),
+    Case("int4·g32·zero + rank8·factors(int8·row)", 50, 160, 3, None, "all", fast=False),
+)
+"""Sums of terms, with what the planner fuses behind them."""
+
+BUCKETS = tuple(
+    Case("int4·g128", 128, 2048, rows, None, epilogue)
+    for rows, epilogue in (
+        (1, ""), (2, "gated"), (4, ""), (5, "all"), (8, ""), (9, "bias"), (16, ""), (17, "gated"),
+        (32, ""), (33, "residual"), (64, ""), (70, "all"),
+    )
+)  # fmt: skip
+"""Every number of rows that another kernel is made for, and one more."""
+
+
+def examples() -> list[Case]:
+    """Return a case for every example of every format, a third of them on int8 activations."""
+    found = []
+    for number, format in enumerate(f for each in example_formats().values() for f in each):
+        outer, inner, rows = SHAPES[number % len(SHAPES)]
+        activation = (None, None, 32)[number % 3]
+        case = Case(str(format), outer, inner, rows, activation)
+        if case.refused:
+            case = Case(str(format), 64, 256, rows, activation)
+        if not case.refused:
+            found.append(case)
+    return found
+
+
+def all_cases() -> list[Case]:
+    """Return everything that is tried."""
+    return [*examples(), *SUMS, *BUCKETS]

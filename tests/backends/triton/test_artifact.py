@@ -1,0 +1,159 @@
+"""GPU artifacts, made on a machine without a GPU: what is compiled, written and refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import qc
+from qc.backends.triton.append import append_rules
+from qc.backends.triton.attention import attention_rules
+from qc.backends.triton.compile import compile_launch, inspect
+from qc.backends.triton.elements import element_rules
+from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Call, Launch
+from qc.backends.triton.lower import GpuLowering
+from qc.backends.triton.rows import row_rules
+from qc.backends.triton.rules import GPU_RULES
+from qc.errors import ArtifactError, TargetError, UnsupportedError
+from qc.ir import ops
+from qc.ir.fused import Fused
+from qc.ir.graph import Graph
+from qc.ir.node import make
+from qc.ir.target import GPUS, parse_machine
+from qc.passes.pipeline import Context
+from qc.passes.plan.fuse import Fuse
+from qc.runtime.manifest import CUDA, KernelStep
+from tests.backends.triton.kernel_cases import BATCH, CASES, SEQ, value
+from tests.tiny_llama import llama_folder
+
+RULES = (*attention_rules, *append_rules, *row_rules, *element_rules)
+FEW = ("quantize in groups", "angles", "embedding", "append rotated", "decode", "prefill",
+       "rotation by a factor, quantized")  # fmt: skip
+"""A kernel of each kind."""
+
+
+def launches_of(name: str, architecture: str) -> list[Launch]:
+    """Return what a case launches, in all of its variants."""
+    node = CASES[name]().node
+    assert isinstance(node.op, Fused)
+    from qc.backends.region import Region
+
+    region = Region(node.op.body, node.inputs, parse_machine(f"cuda:{architecture}"))
+    call: Call | None = next((c for rule in RULES if (c := rule(region))), None)
+    assert call is not None
+    return [launch for variant in call.variants for launch in variant.launches]
+
+
+def parameter_sizes(binary: bytes) -> list[int]:
+    """Read the bytes of each parameter of a kernel off its machine code."""
+    text = inspect(binary, "-elf")
+    line = r"Ordinal\s*:\s*0x([0-9a-f]+)\s+Offset\s*:\s*0x[0-9a-f]+\s+Size\s*:\s*0x([0-9a-f]+)"
+    found = re.findall(line, text)
+    return [int(size, 16) for _, size in sorted((int(n, 16), size) for n, size in found)]
+
+
+def check_compiled(launch: Launch, architecture: str, folder: Path) -> None:
+    """Compile for an architecture; the machine code takes what a launch will pass."""
+    gpu = GPUS[architecture]
+    cubin = compile_launch(launch, int(architecture.removeprefix("sm_")), folder)
+    assert cubin.shared_bytes <= gpu.shared
+    assert cubin.spills == 0
+    passed = [8 if each.type.startswith("*") else 4 for each in launch.parameters]
+    assert parameter_sizes(cubin.binary) == passed + [8] * HIDDEN_PARAMETERS
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_kernels_compile(name: str, tmp_path: Path) -> None:
+    for launch in launches_of(name, "sm_90"):
+        check_compiled(launch, "sm_90", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", GPUS)
+def test_every_kernel_compiles_for_every_architecture(architecture: str, tmp_path: Path) -> None:
+    for name in CASES:
+        for launch in launches_of(name, architecture):
+            check_compiled(launch, architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:sm_80+sm_90-w4a16", "cuda:sm_90-w4", "cuda:sm_120-f32"])
+def test_an_artifact_is_complete(target: str, tmp_path: Path) -> None:
+    artifact = qc.compile(llama_folder(tmp_path), target, output=tmp_path / "tiny.qc")
+    manifest = artifact.manifest
+    assert manifest.executor == CUDA
+    architectures = target.partition(":")[2].rpartition("-")[0].split("+")
+    for name, code in manifest.code.items():
+        built = [binary.architecture for binary in code.binaries]
+        ptx = ["ptx_80"] if "sm_80" in architectures else []
+        assert built == [*architectures, *ptx]
+        sizes = [{"pointer": 8, "i32": 4}[kind] for kind in code.parameters]
+        binary = (artifact.path / code.binaries[0].file).read_bytes()
+        assert parameter_sizes(binary) == sizes + [8] * HIDDEN_PARAMETERS
+        assert "triton.jit" in artifact.source(name)
+    called = {step.kernel for step in manifest.steps if isinstance(step, KernelStep)}
+    checked = {
+        step.kernel
+        for check in manifest.golden
+        for step in (manifest.steps[number] for number in check.steps)
+        if isinstance(step, KernelStep)
+    }
+    assert called == manifest.code.keys()
+    assert checked == called  # `qc verify` runs them all
+    with pytest.raises(ArtifactError, match="runs on an NVIDIA GPU"):
+        artifact([1, 2, 3])
+
+
+def lowering_of(graph: Graph, target: str) -> GpuLowering:
+    """Plan and lower a graph."""
+    machine = parse_machine(target)
+    planned = Fuse().run(graph, Context(machine))
+    lowering = GpuLowering(planned, machine, GPU_RULES)
+    lowering.run()
+    return lowering
+
+
+def test_an_input_of_another_type_is_converted_once() -> None:
+    from qc.ir.weights.dense import dense_weight
+
+    x = value("x", BATCH, SEQ, 32)  # float32; products read float16
+    weights = [make(ops.Parameter(dense_weight(n, torch.randn(16, 32).half()))) for n in "ab"]
+    first, second = (make(ops.Linear(), x, weight) for weight in weights)
+    graph = Graph((x,), (first, second), ("first", "second"))
+    program = lowering_of(graph, "cuda:sm_90").program
+    steps = [step for step in program.steps if isinstance(step, KernelStep)]
+    conversions = [step for step in steps if step.kernel.startswith("convert")]
+    assert len(conversions) == 1
+    assert program.values[conversions[0].writes[0]].dtype == "f16"
+
+
+def test_what_has_no_kernel_is_refused_before_any_work(tmp_path: Path) -> None:
+    class Sorted(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sort(x).values
+
+    with pytest.raises(UnsupportedError, match=r"aten\.sort\.\w+ has no GPU kernel"):
+        qc.compile(Sorted(), "cuda:sm_90-f32", example_inputs={"x": torch.randn(2, 4)})
+
+
+def test_one_program_serves_all_architectures() -> None:
+    both = parse_machine("cuda:sm_120+sm_80")
+    assert str(both) == "cuda:sm_80+sm_120"
+    assert both.gpu is not None
+    assert both.gpu.architectures == ("sm_80", "sm_120")
+    assert both.gpu.products == GPUS["sm_80"].products
+    assert both.gpu.shared == GPUS["sm_120"].shared
+    assert replace(both.gpu, architectures=()) != GPUS["sm_80"]
+    with pytest.raises(TargetError, match="did you mean"):
+        parse_machine("cuda:sm_80+sm_91")
+    with pytest.raises(TargetError, match="did you mean"):
+        parse_machine("cuda:sm_91")
+
+
+def test_a_gpu_of_amd_is_compiled_for_and_not_run(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="nothing runs them yet"):
+        qc.compile(llama_folder(tmp_path), "rocm:gfx942-w4a16", output=tmp_path / "amd.qc")

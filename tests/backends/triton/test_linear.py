@@ -1,0 +1,81 @@
+"""GPU kernels of linears against float64 of the same stored weights, in Triton's interpreter and,
+where there is one, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qc.backends.triton.compile import compile_launch
+from qc.backends.triton.kernel import Call
+from tests.backends.triton.cases import Case, call_of
+from tests.backends.triton.linear_worker import Interpreter
+from tests.backends.triton.sweep import BUCKETS, SUMS, all_cases, examples
+from tests.needs import needs
+
+TOLERANCE = 2e-3
+"""Relative Frobenius error: float16 rounds x, weights and results by 2^-11 at most each."""
+QUICK = (*examples()[::12], *SUMS[:4], SUMS[-1], *BUCKETS[:8:3])
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    found = Interpreter()
+    yield found
+    found.stop()
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_a_sum_of_terms_is_right_in_the_interpreter(case: Case, interpreter: Interpreter) -> None:
+    assert interpreter.error(case) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_every_format_is_right_in_the_interpreter(case: Case, interpreter: Interpreter) -> None:
+    assert interpreter.error(case) <= TOLERANCE
+
+
+@needs("cuda")
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_every_format_is_right_on_the_gpu(case: Case) -> None:
+    def run(call: Call, values: Any, shape: tuple[int, int]) -> Tensor:
+        from qc.backends.triton.jit import Loaded
+        from qc.runtime.cuda.driver import find_driver
+
+        driver = find_driver()
+        result = torch.full(shape, float("nan"), dtype=torch.float16, device="cuda")
+        cubin_of = lambda launch: compile_launch(launch, driver.capability)  # noqa: E731
+        loaded = Loaded(call, values, {"rows": shape[0]}, result, driver, cubin_of)
+        torch.cuda.synchronize()
+        loaded.run()
+        driver.synchronize()
+        return result.cpu()
+
+    assert case.error(run) <= TOLERANCE
+
+
+LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory of a block. CUDA C++ Programming Guide 13, table of technical
+specifications per compute capability."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", LIMITS)
+@pytest.mark.parametrize("case", [*examples(), *SUMS], ids=str)
+def test_every_format_compiles_for_every_architecture(case: Case, architecture: int) -> None:
+    call = call_of(case.node(values=False))
+    launches = {each for variant in call.variants for each in variant.launches}
+    for launch in launches:
+        cubin = compile_launch(launch, architecture)
+        assert cubin.shared_bytes <= LIMITS[architecture], launch.rule
+
+
+def test_rows_that_are_wrong_are_found(interpreter: Interpreter) -> None:
+    """The measure itself: without its scales, a weight is not what it was."""
+    exact = Case("int4·g32", 64, 128, 3)
+    assert interpreter.error(exact) > 1e-6  # float16 is not exact: zero would be no comparison

@@ -1,0 +1,79 @@
+"""Recipes that look at data go from the command line to generated kernels on a tiny llama."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import qc
+from qc.cli import main
+from qc.passes.calibration import Calibration
+from qc.stages import CapturedModel
+from tests.comparison import assert_close
+from tests.tiny_llama import TEXT, llama_folder
+
+SIZES = {
+    "gptq": {"bits": 3, "group_size": 8},
+    "spqr": {},
+    "squeezellm": {"bits": 3},
+    "claq": {"bits": 2},
+    "adadim": {"group_size": 8},
+    "awq": {"bits": 3, "group_size": 8},
+    "gwq": {"bits": 3, "group_size": 8},
+    "lorc": {"bits": 3, "group_size": 8},
+    "smoothquant_plus": {"group_size": 8},
+    "svdquant": {"group_size": 8},
+    "svdquant_a16": {"group_size": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> CapturedModel:
+    return qc.trace(llama_folder(tmp_path_factory.getbasetemp()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SIZES)
+def test_the_artifact_computes_what_the_quantized_graph_means(
+    captured: CapturedModel, recipe: str
+) -> None:
+    data = Calibration(TEXT, num_calibration_samples=4, max_seq_length=32)
+    quantized = captured.quantize(recipe, calibration=data, **SIZES[recipe])
+    artifact = quantized.lower("cpu").build()
+    ids = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(0))
+    assert_close(quantized(input_ids=ids)["logits"], torch.as_tensor(artifact(ids)))
+    summary = artifact.report().to_dict()["summary"]
+    stored = sum(weight_bytes(p) for p in quantized.graph.parameters if p.tensor.rank == 2)
+    assert summary["linear_bytes"] + summary["table_bytes"] == stored
+
+
+def weight_bytes(parameter: object) -> int:
+    weight = parameter.op.weight  # type: ignore[attr-defined]
+    return sum(a.numel() * a.element_size() for a in weight.arrays().values())
+
+
+def test_the_command_line_calibrates(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = llama_folder(tmp_path_factory.getbasetemp())
+    text = tmp_path / "data.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    options = ["--recipe", "gptq", "--bits", "3", "--group-size", "8", "--calibration", str(text),
+               "--num-calibration-samples", "4", "--max-seq-length", "32"]  # fmt: skip
+    place = tmp_path / "llama.qc"
+    command = ["compile", str(model), "--target", "torch-w4", "-o", str(place), *options]
+    assert main(command) == 0
+    assert "int3·g8·zero" in capsys.readouterr().out
+    rows = qc.load(place).report().to_dict()["rows"]
+    covered = [row for row in rows if row.get("tokens")]
+    assert {row["format"] for row in covered} == {"int3·g8·zero"}
+    assert all(0 < row["output_error"] < 1 for row in covered)
+    first = (place / "weights.safetensors").read_bytes()
+    assert not list(tmp_path.glob(".llama.qc.unfinished*"))
+    assert main([*command, "--resume"]) == 0  # nothing is left to resume: it begins anew
+    assert (place / "weights.safetensors").read_bytes() == first
+    missing = [*options[:6], "--calibration", str(tmp_path / "no.txt"), *options[8:]]
+    assert main(["compile", str(model), "--target", "torch-w4", "-o", str(place), *missing]) == 1
+    assert "no.txt" in capsys.readouterr().err
