@@ -4,8 +4,9 @@
     python benchmarks/gpu_linear.py --write FOLDER    compile only, for --architecture
     python benchmarks/gpu_linear.py --read FOLDER     run what was compiled elsewhere
 
-Every weight has as many copies as no cache holds; one CUDA graph goes through all of them, and its
-median over replays counts. Bandwidth is of the stored weights, against that of a large copy.
+Every weight has as many copies as no cache holds; one CUDA graph goes through all of them, one
+after the other, and its median over replays counts. Bandwidth is of the stored weights, against
+that of a large copy.
 """
 
 from __future__ import annotations
@@ -236,8 +237,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def time_driver(driver: Driver, calls: Sequence[Loaded]) -> float:
     """Return the median seconds of a graph of all calls."""
     driver.begin_capture()
+    last: list[int] = []
     for each in calls:
-        each.run()
+        last = each.record(last)
+    driver.wait_for(last)
     graph = driver.end_capture()
     start, stop = driver.event(), driver.event()
     taken = []

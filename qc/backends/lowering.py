@@ -354,7 +354,7 @@ def single_nodes(node: Node) -> list[Node]:
     return parts
 
 
-def planned_spec(repack: Repack, weight: Weight) -> ArraySpec | None:
+def planned_spec(repack: Callable[[Weight], Tensor], weight: Weight) -> ArraySpec | None:
     """Return what `repack` makes of a weight of this format, without values; None where it reads
     values."""
     planned = weight.format.planned(weight.name, weight.shape, weight.dtype)

@@ -9,9 +9,12 @@ import torch
 
 import qc
 from qc.cli import main
+from qc.errors import FormatError
 from qc.passes.calibration import Calibration
 from qc.stages import CapturedModel
 from tests.comparison import assert_close
+from tests.families import model_of
+from tests.passes.calibration.tiny import LENGTH, token_sequences
 from tests.tiny_llama import TEXT, llama_folder
 
 SIZES = {
@@ -24,8 +27,6 @@ SIZES = {
     "gwq": {"bits": 3, "group_size": 8},
     "lorc": {"bits": 3, "group_size": 8},
     "smoothquant_plus": {"group_size": 8},
-    "svdquant": {"group_size": 8},
-    "svdquant_a16": {"group_size": 8},
 }
 
 
@@ -47,6 +48,23 @@ def test_the_artifact_computes_what_the_quantized_graph_means(
     summary = artifact.report().to_dict()["summary"]
     stored = sum(weight_bytes(p) for p in quantized.graph.parameters if p.tensor.rank == 2)
     assert summary["linear_bytes"] + summary["table_bytes"] == stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["svdquant", "svdquant_a16"])
+def test_branches_of_rank_32_compile(recipe: str) -> None:
+    """On a model whose least matrix has so many rows: the one above has 28."""
+    data = Calibration(token_sequences(), max_seq_length=LENGTH)
+    model = qc.trace(model_of("llama"))
+    quantized = model.quantize(recipe, calibration=data, group_size=16)
+    ids = torch.randint(0, 128, (1, 24), generator=torch.Generator().manual_seed(0))
+    artifact = quantized.lower("cpu").build()
+    assert_close(quantized(input_ids=ids)["logits"], torch.as_tensor(artifact(ids)))
+
+
+def test_a_rank_that_does_not_fit_is_refused(captured: CapturedModel) -> None:
+    with pytest.raises(FormatError, match=r"rank 32 is more than 28 x 56 has.*rank28"):
+        captured.quantize("svdquant_a16", calibration=Calibration(TEXT, 2, 16))
 
 
 def weight_bytes(parameter: object) -> int:

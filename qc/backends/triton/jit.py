@@ -131,7 +131,26 @@ class Loaded(Prepared):
 
     def run(self) -> None:
         """Launch everything, in order; the caller waits for the stream."""
-        for each, (_, grid, _, _), addresses in zip(
-            self.functions, self.bound, self.addresses, strict=True
-        ):
-            self.driver.launch(each, grid, addresses)
+        for number in range(len(self.launches)):
+            self.run_launch(number)
+
+    def run_launch(self, number: int) -> None:
+        """Put one launch on the stream."""
+        grid = self.bound[number][1]
+        self.driver.launch(self.functions[number], grid, self.addresses[number])
+
+    def record(self, after: Sequence[int]) -> list[int]:
+        """Record everything behind the nodes `after` of a graph: a launch waits for those whose
+        scratch it reads. Return what the next call must wait for."""
+        nodes: list[list[int]] = []
+        writers: dict[str, int] = {}
+        for number, launch in enumerate(self.launches):
+            scratch = [
+                p.argument.name for p in launch.parameters if isinstance(p.argument, Scratch)
+            ]
+            waits = {writers[name] for name in scratch if name in writers}
+            self.driver.wait_for([node for w in sorted(waits) for node in nodes[w]] or after)
+            self.run_launch(number)
+            nodes.append(self.driver.recorded())
+            writers |= {name: number for name in scratch if name not in writers}
+        return nodes[-1]

@@ -52,7 +52,8 @@ def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> N
     flags = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden"]
     with tempfile.TemporaryDirectory() as folder:
         runtime, compiled = Path(folder) / "runtime.o", Path(folder) / "kernels.o"
-        with running([*flags, "-c", NATIVE / "qcrt.c", "-o", runtime]) as compiling:
+        source = ["-c", str(NATIVE / "qcrt.c"), "-o", str(runtime)]
+        with running([*flags, *source]) as compiling:
             compile_kernels(kernels, target).write_to_file(str(compiled), "o")
             finish(compiling, "compile the runtime")
         objects = ["-shared", "-s", compiled, runtime, "-o", path, "-lpthread", "-lm"]

@@ -82,6 +82,7 @@ class SplitLowRank(Pass):
         return replaced_weights(graph, linears, lambda n: planned_split(n, format), self.name)
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        require_none(self.refusals(graph))
         linears = chosen_linears(graph, self.targets)
         hessians = context.data(self).measure(graph, of_inputs(linears)) if self.whiten else {}
 
@@ -137,6 +138,8 @@ class CompensateError(Pass):
         return with_terms(inner, terms, self.name)
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        require_none(self.refusals(graph))
+        require_none(self.refusals(graph))
         linears = chosen_linears(graph, self.targets)
         hessians = context.data(self).measure(graph, of_inputs(linears)) if self.whiten else {}
         stored = self.inner.run(graph, context)
@@ -150,6 +153,12 @@ class CompensateError(Pass):
 
         found = side_by_side(compensate, changed_pairs(graph, stored, linears))
         return with_terms(stored, {new: term for (_, new), term in found}, self.name)
+
+
+def require_none(refused: Sequence[Refusal]) -> None:
+    """Raise FormatError for the first refusal."""
+    if refused:
+        raise FormatError(str(refused[0]))
 
 
 def of_inputs(linears: Sequence[Node]) -> dict[Node, tuple[Statistic, ...]]:

@@ -46,7 +46,8 @@ class RotateStream(Pass):
         add(%x, linear(%y, %v, %b))               add(%x, linear(%y, R^T %v, %b R))
 
     Costs nothing at run time. The stream is found by what touches it; one that anything but
-    linears, embeddings, sums and norms touches stays. Layer norms become RMS norms, once all that
+    linears, embeddings, sums and norms touches stays, and so does one with a table of fewer than 16
+    bits: tables are stored behind this pass. Layer norms become RMS norms, once all that
     is written has mean zero: W - mean(W), and so do embeddings and biases.
     Exact: R is orthogonal, so |x R| = |x| and (x R)(W R)^T = x W^T. QuaRot (Ashkboos et al. 2024),
     section 4; SliceGPT (Ashkboos et al. 2024), section 3, for norms and means.

@@ -15,8 +15,7 @@ def longest(start, stop):
 @triton.jit
 def outliers(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
              TOGETHER: tl.constexpr):  # fmt: skip
-    """Add value x[column] of single entries, TOGETHER of a row at once. Channels of x are APART.
-    Where x is one row, its sum is added to all columns of acc."""
+    """Add value x[column] of single entries, TOGETHER of a row at once. Channels of x are APART."""
     lane = tl.arange(0, TOGETHER)
     OUT: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = places.shape[0]

@@ -20,8 +20,6 @@ class Tiling:
     stages: int
     width: int = 32
     """Channels of a step of the loop, at least."""
-    single: bool = False
-    """There is one row: the others of the tile repeat it."""
 
 
 MOST_ELEMENTS = 8192
@@ -45,13 +43,11 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) ->
     """Write a loop over the entries of each output."""
     place, entries = each.place, each.entries
     x = declare(emission, each.source)
-    channels, apart, rows = each.source.channels, 1, 1 if tile.single else tile.rows
+    channels, apart = each.source.channels, tile.rows if each.across else 1
     if each.across:
-        apart = tile.rows
         emission.line(f"places = inputs.tile_across(0, BM, {channels})")
     else:
-        read = "inputs.numbers(0, 1, ROWS)" if tile.single else "rows"
-        emission.line(f"places = inputs.places({read}, {channels}, 1, 1)")
+        emission.line(f"places = inputs.places(rows, {channels}, 1, 1)")
     start, stop = (
         emission.bind("{}(out{})".format(*place.function(emission, place.named(found), (ROW,))))
         for found in (entries.start, entries.stop)
@@ -60,7 +56,7 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) ->
         case Load(value, (at,)), Load(column, (also,)) if at == also == ENTRY:
             if entries.width == 1:
                 columns, values = place.stored(emission, column), place.stored(emission, value)
-                many = together(tile.outputs, rows)
+                many = together(tile.outputs, tile.rows)
                 emission.line(
                     f"{acc} = entries.outliers({acc}, {x}, places, {start}, {stop}, {columns}, "
                     f"{values}, {apart}, {many})"

@@ -24,7 +24,7 @@ DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "int8", "pr
 BUCKETS: tuple[int | None, ...] = (4, 8, 16, 32, 64, None)
 """Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
-or more would send Triton through tensor memory on Blackwell. Single entries are not multiplied by
+or more would send Triton through tensor memory on Blackwell. Listed entries are not multiplied by
 tensor cores: a sum that has them has a bucket of its own for one row."""
 LARGEST_TILE = 64
 LEAST_COPIED = 512
@@ -60,7 +60,7 @@ class LinearLaunches:
         """Plan the terms of all weights."""
         linear, gpu = self.linear, self.linear.region.target.gpu
         bytes = bool(planned.FAST_RULES) and gpu is not None and "int8" in gpu.products
-        stages = Stages(self.rows, self.bucket, rows_of_tile(self.bucket), bytes)
+        stages = Stages(self.rows, rows_of_tile(self.bucket), bytes)
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
             operand = linear.operand(node.inputs[1])
@@ -136,7 +136,7 @@ class LinearLaunches:
         multiple = source.before * source.after
         tiling = self.tiling([term], multiple)
         if step.parts > 1:
-            tiling = replace(tiling, width=LONG_CHAIN)
+            tiling = replace(tiling, width=LONG_CHAIN // 4, stages=3)
         emission = self.emission("step", tiling, step.outer, multiple)
         emission.line("acc0 = products.zeros(BN, BM)")
         emit_loop(emission, source, [("acc0", term)], step.parts, tiling.width)
@@ -173,7 +173,7 @@ class LinearLaunches:
                 at = emission.array(f"{acc}_parts", partial[acc], torch.float32)
                 emission.line(f"products.partial({at}, {acc}, out, rows, part, ROWS, {outer}, BN)")
             launches.append(self.finish(emission, name, tiling, outer, 1, parts))
-            tiling = self.after_parts(tiling, stages)
+            tiling = replace(tiling, outputs=32, stages=1)  # it waits rather than works
             emission = self.emission("finish", tiling, outer, 1)
             for acc in accs:
                 at = emission.array(f"{acc}_parts", partial[acc], torch.float32)
@@ -186,8 +186,6 @@ class LinearLaunches:
         for number, (acc, added) in enumerate(stages.added):
             at = emission.array(f"added{number}", added, added.dtype)
             emission.line(f"{acc} += products.full({at}, out, rows, {outer})")
-        for acc, each in stages.entries:
-            emit_entries(emission, each, acc, tiling)
         self.emit_epilogue(emission, accs)
         return [*launches, self.finish(emission, name, tiling, outer, 1, 1)]
 
@@ -217,15 +215,10 @@ class LinearLaunches:
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
         bytes = 1 if any(isinstance(term, Int8Coded) for term in terms) else 2
-        single, rows = rows == 1, max(rows, LEAST_COPIED // (narrowest * bytes))
+        rows = max(rows, LEAST_COPIED // (narrowest * bytes))
         if coded:
-            return Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128, single)
-        return Tiling(32, rows, 4, 2, single=single)
-
-    def after_parts(self, tiling: Tiling, stages: Stages) -> Tiling:
-        """Choose the tile of the launch that adds up parts: narrow, for it waits for memory
-        rather than works."""
-        return replace(tiling, outputs=16 if stages.entries else 32, stages=1)
+            return Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128)
+        return Tiling(32, rows, 4, 2)
 
     def parts(self, loops: list[tuple[Source, list[tuple[str, Term]]]], tiling: Tiling) -> int:
         """Choose among how many programs the channels of x are split."""
@@ -258,7 +251,7 @@ def linear_rule(region: Region) -> Call | None:
     linear = match_linear(region)
     if linear is None:
         return None
-    entries = bool(LinearLaunches(linear, 1).stages().entries)
+    entries = "entries" in LinearLaunches(linear, 1).stages().rules
     buckets = (1, *BUCKETS) if entries else BUCKETS
     launches = [LinearLaunches(linear, bucket) for bucket in buckets]
     variants = tuple(each.variant() for each in launches)

@@ -25,10 +25,10 @@ from qc.ir.weights.structure import Chain, Entries, Selected
 FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (coded_term,)
 """From the most special; without any of them everything still works, slower."""
 
-LONG_CHAIN = 128
+LONG_CHAIN = 512
 """Channels of a step of a chain that one program adds up; more are split among several. Such steps
 have few outputs: their time is that of one program."""
-MOST_PARTS = 32
+MOST_PARTS = 16
 FEW_ROWS = 4
 
 
@@ -60,14 +60,12 @@ class Stages:
     """The work of one linear region for one number of rows."""
 
     rows: Dim
-    bucket: int | None
     tile: int
     """Rows of a tile of launches for entries."""
     bytes: bool = True
     """The target's tensor cores multiply int8, and fast rules are wanted."""
     steps: list[Step] = field(default_factory=list)
     loops: dict[Source, list[tuple[str, Term]]] = field(default_factory=dict)
-    entries: list[tuple[str, EntriesOf]] = field(default_factory=list)
     added: list[tuple[str, Scratch]] = field(default_factory=list)
     """Scratch [rows, out] that holds finished products."""
 
@@ -77,8 +75,7 @@ class Stages:
         found = [term.rule for terms in self.loops.values() for _, term in terms]
         works = [step.work for step in self.steps]
         found += ["chain"] * any(isinstance(work, Term) for work in works)
-        listed = any(isinstance(work, EntriesOf) for work in works)
-        found += ["entries"] * (listed or bool(self.entries))
+        found += ["entries"] * any(isinstance(work, EntriesOf) for work in works)
         return "_".join(dict.fromkeys(found))
 
     def add(self, acc: str, place: Place, source: Source) -> None:
@@ -103,14 +100,15 @@ class Stages:
         self.loops.setdefault(source, []).append((acc, term or multiplied(place)))
 
     def add_entries(self, acc: str, place: Place, entries: Entries, source: Source) -> None:
-        """Entries gather x: for few rows in the main launch; for more in a launch of their own,
-        whose tiles are narrow, from a copy in which the rows of a channel are neighbours."""
+        """Entries have a launch of their own: it waits for memory, not for the units that the main
+        one keeps busy, and in a graph it runs beside it. Its tiles are narrow, and from some rows
+        on it reads a copy of x in which the rows of a channel are neighbours."""
         few = FEW_ROWS if entries.width == 1 else 1
-        if self.bucket is not None and self.bucket <= few:
-            self.entries.append((acc, EntriesOf(place, entries, source)))
-            return
-        across = self.across(source)
-        work = EntriesOf(place, entries, Source(across, source.channels), across=True)
+        if self.tile <= few:
+            work = EntriesOf(place, entries, source)
+        else:
+            rows = Source(self.across(source), source.channels)
+            work = EntriesOf(place, entries, rows, across=True)
         target = Scratch(f"step{len(self.steps)}", torch.float32, (self.rows, place.outer))
         self.steps.append(Step(source, work, place.outer, target))
         self.added.append((acc, target))
