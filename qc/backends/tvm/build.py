@@ -71,7 +71,7 @@ def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> N
 
 
 @contextmanager
-def running(arguments: Sequence[str | Path]) -> Iterator[subprocess.Popen[str]]:
+def running(arguments: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
     """Start the C compiler; it does not outlive the block. TargetError where there is none."""
     command = [*c_compiler(), *map(str, arguments)]
     try:
