@@ -51,8 +51,8 @@ def side_by_side(
 def return_free_memory() -> None:
     """Give memory that is free back to the system.
 
-    glibc keeps what threads have freed in a heap for each of them: over the steps of a calibration
-    this came to 1.5 GB beside 1.7 GB in use. Elsewhere this does nothing.
+    glibc keeps what threads have freed in a heap for each of them: without this, GPTQ of a 135M
+    model on 65,536 tokens peaked at 3.9 GB. Elsewhere this does nothing.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:

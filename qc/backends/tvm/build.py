@@ -56,7 +56,16 @@ def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> N
         with running([*flags, *source]) as compiling:
             compile_kernels(kernels, target).write_to_file(str(compiled), "o")
             finish(compiling, "compile the runtime")
-        objects = ["-shared", "-s", compiled, runtime, "-o", path, "-lpthread", "-lm"]
+        objects: list[str | Path] = [
+            "-shared",
+            "-s",
+            compiled,
+            runtime,
+            "-o",
+            path,
+            "-lpthread",
+            "-lm",
+        ]
         with running(objects) as linking:
             finish(linking, "link the kernels")
 
