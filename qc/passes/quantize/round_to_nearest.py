@@ -55,7 +55,7 @@ def fitted_in_turn(
     return tuple(fitted[i] for i in range(len(order)))
 
 
-IN_MEMORY = 1 << 29
+IN_MEMORY = 1 << 26
 """Bytes of quantized weights that stay in memory; what comes after them waits in a file."""
 
 
