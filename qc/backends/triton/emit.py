@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import Any
 
 import torch
@@ -120,9 +120,9 @@ def load_function(source: str, name: str, folder: Path | None = None) -> Any:
         path = (folder or cache_folder() / "source") / f"k{key}.py"
         if not path.exists() or path.read_text() != source:
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = path.with_suffix(f".{os.getpid()}")
-            written.write_text(source)
-            written.replace(path)  # never half a module, also with several processes at work
+            with NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as written:
+                written.write(source)
+            os.replace(written.name, path)  # never half a module, whoever else is writing it
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None
         assert spec.loader is not None
