@@ -158,12 +158,12 @@ class GoldenWriter:
         return torch.randint(0, below, shape, generator=self.random).to(stored)
 
     def least_rows(self, node: Node) -> int:
-        """Return the bound below which integers index any table."""
+        """Return the bound below which integers index any table: the matrices beside them."""
         tables = [
             table.op.weight.shape[0]
             for user in self.lowering.graph.users.get(node, ())
             for table in user.inputs
-            if isinstance(table.op, ops.Parameter)
+            if isinstance(table.op, ops.Parameter) and len(table.op.weight.shape) == 2
         ]
         return min([int(rows) for rows in tables if rows > 1], default=2)
 

@@ -21,13 +21,15 @@ known: WeakKeyDictionary[Node, bool] = WeakKeyDictionary()
 
 
 def stored_dtype(node: Node) -> torch.dtype:
-    """Return the type in which a value is stored: float16 for activations.
+    """Return the type in which a value is stored: float16 for activations, caches as they are.
 
     What is computed from positions and parameters alone, such as the angles of rotations, keeps
     float32: a position of 2049 is no float16.
     """
     type = node.tensor
-    if isinstance(node.op, ops.Parameter | ops.Input) or type.dtype != torch.float32:
+    root = node.op.body.outputs[0] if isinstance(node.op, Fused) else node
+    kept = isinstance(root.op, ops.Parameter | ops.Input | ops.Append)
+    if kept or type.dtype != torch.float32:
         return type.dtype
     return torch.float16 if is_activation(node) else torch.float32
 

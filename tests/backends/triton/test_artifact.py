@@ -131,6 +131,16 @@ def test_an_input_of_another_type_is_converted_once() -> None:
     assert program.values[conversions[0].writes[0]].dtype == "f16"
 
 
+def test_caches_of_any_float_are_read_as_they_are_stored(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    captured = qc.trace(llama_folder(tmp_path_factory.getbasetemp()))
+    for recipe, dtype in (("f32", "f32"), ("w4a16", "f16")):
+        program = lowering_of(captured.quantize(recipe).graph, "cuda:sm_90").program
+        caches = {value.dtype for value in program.values if value.kind == "state"}
+        assert caches == {dtype}
+
+
 def test_what_has_no_kernel_is_refused_before_any_work(tmp_path: Path) -> None:
     class Sorted(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
