@@ -56,11 +56,12 @@ def test_quantized_weights_take_what_the_format_says() -> None:
     # 48 rows of 48 codes in 4 bits and of 2 groups, a full one and a tail, with 2 x 16 bits each.
     assert inner["bytes"] == 48 * (48 * 4 + 2 * 32) // 8
     assert inner["bits_per_weight"] == pytest.approx(4 + 64 / 48, abs=1e-4)
-    # The shared table is stored twice now: in 4 bits for the head, in 16 for the embedding.
+    # The shared table is stored twice now: in 4 bits for the head, in 8 for the embedding, with a
+    # scale of 16 bits for each of its 40 rows.
     kinds = sorted(row["kind"] for row in report["rows"])
     assert kinds == ["linear", "linear", "table"]
     summary = report["summary"]
-    assert summary["table_bytes"] == 2 * TABLE
+    assert summary["table_bytes"] == TABLE + 2 * 40
     assert summary["linear_bytes"] == sum(
         r["bytes"] for r in rows.values() if r["kind"] == "linear"
     )

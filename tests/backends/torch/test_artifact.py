@@ -241,8 +241,8 @@ EDITS: dict[str, tuple[Edit, str]] = {
                  "lists no graph.json"),
     "no weights": (edit_json("manifest.json", lambda m: m["files"].pop("weights.safetensors")),
                    "lists no weights.safetensors"),
-    "executor": (edit_json("manifest.json", lambda m: m.update(executor="cuda")),
-                 "needs the executor 'cuda'"),
+    "executor": (edit_json("manifest.json", lambda m: m.update(executor="vulkan")),
+                 "needs the executor 'vulkan'"),
     "steps": (edit_json("manifest.json", lambda m: m["steps"].append(
         {"kernel": "k", "args": [], "reads": [], "writes": []})), "takes no steps"),
     "native": (edit_json("manifest.json", lambda m: m.update(executor="native")),

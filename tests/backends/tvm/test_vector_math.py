@@ -63,6 +63,8 @@ def test_function_of_one_value(unary_functions: Any, kind: str, lanes: int) -> N
         x = torch.cat([x, torch.linspace(-1e5, 1e5, 4096)])
     if kind in POSITIVE_ONLY:
         x = x.abs()
+    if kind == "gelu":  # torch's own depends on the machine there: inf, or nan on AVX-512
+        x = x[~x.isinf()]
     for dtype, tolerance in ((F32, 1e-6), (F16, 2e-3)):
         values = x.to(dtype)
         y = torch.empty_like(values)
