@@ -64,7 +64,7 @@ def test_function_of_one_value(unary_functions: Any, kind: str, lanes: int) -> N
     if kind in POSITIVE_ONLY:
         x = x.abs()
     if kind == "gelu":  # torch's own depends on the machine there: inf, or nan on AVX-512
-        x = x[~x.isinf()]
+        x = x.where(~x.isinf(), 0.0)
     for dtype, tolerance in ((F32, 1e-6), (F16, 2e-3)):
         values = x.to(dtype)
         y = torch.empty_like(values)
