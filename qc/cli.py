@@ -138,6 +138,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-seq-length", type=int, default=512, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes")
     parser.add_argument(
+        "--device", default="cpu", help="where the model is calibrated: cpu (default), cuda, auto"
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on with a compilation that was killed"
     )
 
@@ -170,7 +173,8 @@ def compile_command(options: argparse.Namespace) -> None:
         options.model, options.target, recipe=options.recipe, weights=options.weights,
         bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
-        max_seq_length=options.max_seq_length, seed=options.seed, resume=options.resume,
+        max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
+        resume=options.resume,
         explain=options.explain, output=options.output, progress=not options.quiet,
     )  # fmt: skip
     if options.quiet:
@@ -209,7 +213,7 @@ def explanation_of(options: argparse.Namespace) -> Explanation:
         options.model, options.target, recipe=options.recipe, weights=options.weights,
         bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
-        max_seq_length=options.max_seq_length, seed=options.seed,
+        max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
         options=ExplainOptions(divergence_tokens=options.divergence_tokens),
         progress=not options.quiet,
     )  # fmt: skip

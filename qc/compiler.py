@@ -12,6 +12,7 @@ from qc.checking.check import require_possible
 from qc.errors import InputError
 from qc.explaining.explain import ExplainOptions
 from qc.frontends import open_model
+from qc.ir.device import parse_device
 from qc.ir.target import parse_target
 from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration import SELF, Calibration, Checkpoint
@@ -49,6 +50,7 @@ def compile(
     num_calibration_samples: int = 128,
     max_seq_length: int = 512,
     seed: int = 0,
+    device: str = "cpu",
     resume: bool = False,
     explain: bool = False,
     output: str | Path | None = None,
@@ -62,16 +64,18 @@ def compile(
     `group_size` change the sizes of the recipe's own. Recipes that look at data see the first
     `num_calibration_samples` sequences of `max_seq_length` tokens of `calibration`: texts, token
     ids, a .txt or .jsonl file, a data set, or "self", text that the model writes, drawn with
-    `seed`. With `output` the artifact is written there, and finished weights are kept beside it
-    until it is: with `resume` a compilation that was killed goes on from them. With `explain` the
-    artifact says what every pass costs every layer, `artifact.explain()`. `progress=True`
-    shows a bar; a function gets (step, fraction). TargetError, RecipeError and FormatError list the
+    `seed`; `device` is where the model runs over them: "cpu", "cuda", "cuda:1", or "auto", a GPU
+    where torch has one. With `output` the artifact is written there, and finished weights are kept
+    beside it until it is: with `resume` a compilation that was killed goes on from them. With
+    `explain` the artifact says what every pass costs every layer, `artifact.explain()`.
+    `progress=True` shows a bar; a function gets (step, fraction). TargetError, RecipeError and
+    FormatError list the
     nearest names, and ArtifactError refuses an `output` that cannot be written, before anything is
     read. What cannot be stored as asked, or has no kernel, is refused before any long work.
     """
     machine, recipe_name = parse_target(target, RECIPES)
     passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
-    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     kept = kept_beside(output, resume)
     with shown(progress) as report:
         report("capture", 0.0)
@@ -98,6 +102,7 @@ def explain(
     num_calibration_samples: int = 128,
     max_seq_length: int = 512,
     seed: int = 0,
+    device: str = "cpu",
     options: ExplainOptions | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
@@ -106,7 +111,7 @@ def explain(
     errors of every layer after every pass, and what each layer alone costs the logits."""
     _, recipe_name = parse_target(target, RECIPES)
     passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
-    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     with shown(progress) as report:
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)
@@ -120,12 +125,15 @@ def explain(
 
 
 def calibration_of(
-    data: Any, num_calibration_samples: int = 128, max_seq_length: int = 512, seed: int = 0
-) -> Calibration:
-    """Return calibration data as a `Calibration`, which may be one already."""
+    data: Any, num_calibration_samples: int = 128, max_seq_length: int = 512, seed: int = 0,
+    device: str = "cpu",
+) -> Calibration:  # fmt: skip
+    """Return calibration data as a `Calibration`, which may be one already; InputError for a
+    device that is not there."""
     if isinstance(data, Calibration):
         return data
-    return Calibration(data, num_calibration_samples, max_seq_length, seed)
+    parse_device(device)
+    return Calibration(data, num_calibration_samples, max_seq_length, seed, device)
 
 
 def kept_beside(output: str | Path | None, resume: bool) -> Checkpoint | None:

@@ -22,6 +22,13 @@ REFITS = 3
 """Rounds of: least squares for the grid, then codes anew. The fourth gains below 0.1%."""
 
 
+PRODUCTS_AT_ONCE = 1 << 22
+"""Products of codes and H that `solve_grids` holds: 16 MiB, which the caches hold."""
+
+STAY = 1e-6
+"""Part of the mean of the diagonal that is added to equations: what float32 products lose."""
+
+
 class GroupedRounding(Rounding):
     """Grouped integers column by column: scales and offsets a tile, then codes."""
 
@@ -219,36 +226,47 @@ def solve_grids(
     """Return scales s (and levels m) [out, groups] that minimise, for every row w of the target,
     (w - B p)^T H (w - B p), where B p = codes s + m group by group.
 
-    target, codes [in, out]; hessian float64 [in, in]. None where the equations are singular.
+    target, codes [in, out]; hessian [in, in]. None where the equations are singular. Products are
+    taken in float32, a band of rows at a time, the equations are solved in float64.
     """
     channels, rows = target.shape
     number = -(-channels // group)
     fill = number * group - channels
-    h = torch.nn.functional.pad(hessian.double(), (0, fill, 0, fill))
-    q = torch.nn.functional.pad(codes.T.double(), (0, fill))  # [out, in]
-    w = torch.nn.functional.pad(target.T.double(), (0, fill))
-
-    def by_group(values: Tensor) -> Tensor:
-        summed: Tensor = values.unflatten(-1, (number, group)).sum(-1)
-        return summed
-
-    hw = w @ h
-    a = torch.empty(rows, number * (1 + with_level), number * (1 + with_level)).double()
-    for each in range(number):
-        columns = slice(each * group, (each + 1) * group)
-        left = q[:, columns] @ h[columns]
-        a[:, each, :number] = by_group(left * q)
+    h = torch.nn.functional.pad(hessian.float(), (0, fill, 0, fill))
+    bands = h.view(number, group, -1)
+    q = torch.nn.functional.pad(codes.T, (0, fill)).view(rows, number, group)
+    hw = torch.nn.functional.pad(target.T, (0, fill)) @ h
+    between = h.view(number, group, number, group).sum((1, 3), dtype=torch.float64)
+    solved = []
+    at_once = max(1, PRODUCTS_AT_ONCE // (number * number * group))
+    for part, wanted in zip(
+        q.split(at_once), hw.view(rows, number, group).split(at_once), strict=True
+    ):
+        # basis [rows, groups, group, 1 or 2]: the codes of a group, and 1 for its level
+        basis = torch.stack((part, torch.ones_like(part)), 3) if with_level else part.unsqueeze(3)
+        left = torch.bmm(part.transpose(0, 1), bands)  # [groups, rows, in]
+        left = left.view(number, -1, number, group).permute(1, 2, 0, 3)
+        found = (left @ basis).double()  # [rows, groups, groups, 1 or 2]
+        a = found[..., 0]
+        b = (wanted.unsqueeze(2) @ basis).squeeze(2).double()
         if with_level:
-            a[:, each, number:] = by_group(left)
-    b = by_group(hw * q)
-    if with_level:
-        a[:, number:, :number] = a[:, :number, number:].transpose(1, 2)
-        a[:, number:, number:] = by_group(by_group(h).T)
-        b = torch.cat((b, by_group(hw)), 1)
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-7 * diagonal.mean(1, keepdim=True))
+            mixed = found[..., 1]  # [row, j, i]: codes of group i with the level of group j
+            even = between.expand(len(part), -1, -1)
+            a = torch.cat((torch.cat((a, mixed.mT), 2), torch.cat((mixed, even), 2)), 1)
+        b = b.transpose(1, 2).flatten(1)
+        found = solve_rows((a + a.mT) / 2, b)
+        if found is None:
+            return None
+        solved.append(found)
+    whole = torch.cat(solved)
+    return whole[:, :number].contiguous(), whole[:, number:].contiguous() if with_level else None
+
+
+def solve_rows(a: Tensor, b: Tensor) -> Tensor | None:
+    """Return x with a x = b for every row, a [rows, n, n] positive definite but for rounding;
+    float32. None where one is not."""
+    a.diagonal(dim1=1, dim2=2).add_(STAY * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
     factor, info = torch.linalg.cholesky_ex(a)
     if bool(info.any()):
         return None
-    solved = torch.cholesky_solve(b.unsqueeze(2), factor).squeeze(2).float()
-    return solved[:, :number].contiguous(), solved[:, number:].contiguous() if with_level else None
+    return torch.cholesky_solve(b.unsqueeze(2), factor).squeeze(2).float()
