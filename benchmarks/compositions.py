@@ -39,7 +39,7 @@ class Composition:
 
     rank: int = 0
     damping: float = 0.01
-    refinements: int = 3
+    refinements: int = 1
     repair: float = 0.0
     wider: tuple[str, ...] = ()
     """Selectors of linears that get one bit more."""
@@ -99,7 +99,7 @@ CHANGES: dict[str, Mapping[str, Any]] = {
     "damping 0.001": {"damping": 0.001},
     "damping 0.1": {"damping": 0.1},
     "no refinement": {"refinements": 0},
-    "six refinements": {"refinements": 6},
+    "three refinements": {"refinements": 3},
 }
 """What is changed whatever the bits."""
 

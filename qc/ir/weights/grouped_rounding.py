@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +29,23 @@ PRODUCTS_AT_ONCE = 1 << 22
 
 STAY = 1e-6
 """Part of the mean of the diagonal that is added to equations: what float32 products lose."""
+
+
+WEIGHTS_AT_ONCE = 1 << 16
+"""Weights of a band while ranges are searched: 256 KiB, of which the caches hold a few."""
+
+Grid = tuple[Tensor, Tensor, Tensor]
+"""Scale, offset and integer zero of every tile."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some rows of tiles of a matrix: weights [tiles, rows, tiles, cols], and their importance,
+    which is the same for all rows where it has one."""
+
+    tiles: slice
+    weights: Tensor
+    importance: Tensor
 
 
 class GroupedRounding(Rounding):
@@ -124,16 +143,29 @@ class GroupedRounding(Rounding):
     def searched(self, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the grids with the least weighted squared error: shrunken ranges, then least
         squares for the codes that they give, in turn."""
+        bands = list(self.bands(weights, importance))
         low, high = self.extremes(weights)
         best = self.range_of(low, high)
-        least, _ = self.error_of(weights, importance, best)
+        least = self.error_of(bands, best)
         for shrink in SHRINKS[1:]:
-            least = self.better(weights, importance, self.shrunken(low, high, shrink), best, least)
+            least = self.better(bands, self.shrunken(low, high, shrink), best, least)
         for _ in range(REFITS):
-            codes = self.error_of(weights, importance, best)[1]
-            tried = self.least_squares(weights, importance, codes, best)
-            least = self.better(weights, importance, tried, best, least)
+            least = self.better(bands, self.least_squares(bands, best), best, least)
         return best
+
+    def bands(self, weights: Tensor, importance: Tensor) -> Iterator[Band]:
+        """Cut a matrix and its importance into bands of whole tiles that the caches hold."""
+        tile = self.format.tile
+        rows = tile.size(tuple(weights.shape))[0]
+        tiles = max(1, WEIGHTS_AT_ONCE // (rows * weights.shape[1]))
+        alike = rows == 1 and importance.shape[0] == 1
+        each = importance if alike else importance.expand(weights.shape)
+        for number, band in enumerate(weights.split(tiles * rows)):
+            start = number * tiles
+            mass = each if alike else each[start * rows : start * rows + len(band)]
+            yield Band(
+                slice(start, start + -(-len(band) // rows)), tile.split(band), tile.split(mass)
+            )
 
     def shrunken(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the grid over a part of a range: around its middle, or around 0."""
@@ -143,28 +175,32 @@ class GroupedRounding(Rounding):
         return self.range_of(middle - half, middle + half)
 
     def better(
-        self, weights: Tensor, importance: Tensor, tried: tuple[Tensor, Tensor, Tensor],
-        best: tuple[Tensor, Tensor, Tensor], least: Tensor,
+        self, bands: Sequence[Band], tried: Grid, best: Grid, least: Tensor
     ) -> Tensor:  # fmt: skip
         """Keep what is better, tile by tile, in `best`; return the least errors."""
-        error, _ = self.error_of(weights, importance, tried)
+        error = self.error_of(bands, tried)
         chosen = error < least
         for held, found in zip(best, tried, strict=True):
             held[chosen] = found[chosen]
         return torch.where(chosen, error, least)
 
-    def error_of(
-        self, weights: Tensor, importance: Tensor, grid: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weighted squared error of each tile, and the codes."""
-        shape, tile = tuple(weights.shape), self.format.tile
-        read, start = self.as_plain(grid)
-        step, offset = tile.spread(some(read), shape), tile.spread(start, shape)
-        codes = ((weights - offset) / step).round_().clamp_(0, self.format.top)
-        wrong = (codes * step).add_(offset).sub_(weights).square_().mul_(importance)
-        return tile.reduced(wrong, "sum"), codes
+    def error_of(self, bands: Sequence[Band], grid: Grid) -> Tensor:
+        """Return the weighted squared error of each tile."""
+        found = []
+        for band in bands:
+            codes, step, offset = self.codes_of(band, grid)
+            wrong = codes.mul_(step).add_(offset).sub_(band.weights).square_()
+            found.append(wrong.mul_(band.importance).sum((1, 3)))
+        return torch.cat(found)
 
-    def as_plain(self, grid: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def codes_of(self, band: Band, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the codes of a band, and the steps and offsets of its tiles."""
+        read, start = self.as_plain(grid)
+        step, offset = (each[band.tiles, None, :, None] for each in (some(read), start))
+        codes = torch.sub(band.weights, offset).div_(step).round_().clamp_(0, self.format.top)
+        return codes, step, offset
+
+    def as_plain(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Return scale and offset in float16: stored as terms they cannot be judged one by one."""
         scale, offset, zero = grid
         read = scale.half().float()
@@ -178,20 +214,22 @@ class GroupedRounding(Rounding):
             return -zero * scale
         return -self.format.middle * scale if self.format.offset == "symmetric" else 0 * scale
 
-    def least_squares(
-        self, weights: Tensor, importance: Tensor, codes: Tensor,
-        grid: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return the grid with the least error for these codes."""
-        tile, shape = self.format.tile, tuple(weights.shape)
+    def least_squares(self, bands: Sequence[Band], grid: Grid) -> Grid:
+        """Return the grid with the least error for the codes that it gives now."""
         scale, offset, zero = grid
+        shift = torch.zeros_like(zero)
         if self.format.offset != "minimum":
             shift = zero if self.format.offset == "zero" else -self.offset_of(zero + 1, zero)
-            codes = codes - tile.spread(shift, shape)
-        mass = tile.reduced(importance.expand(shape), "sum")
-        q, w = (tile.reduced(each * importance, "sum") for each in (codes, weights))
-        qq = tile.reduced(codes.square() * importance, "sum")
-        qw = tile.reduced(codes * weights * importance, "sum")
+        sums = []
+        for band in bands:
+            codes, _, _ = self.codes_of(band, grid)
+            codes -= shift[band.tiles, None, :, None]
+            mass = band.importance.expand(codes.shape)
+            weighed = codes * mass
+            terms = (mass, weighed, band.weights * mass, codes.mul_(weighed))
+            terms = (*terms, weighed.mul_(band.weights))
+            sums.append(torch.stack([each.sum((1, 3)) for each in terms]))
+        mass, q, w, qq, qw = torch.cat(sums, 1)
         if self.format.offset != "minimum":
             found = torch.where(qq > 0, qw / some(qq), scale)
             return found, self.offset_of(found, zero), zero
