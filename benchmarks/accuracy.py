@@ -81,17 +81,23 @@ def evaluation_windows(model: CanonicalModel, text: Path, count: int) -> list[Te
 
 
 def stored_bits(graph: Graph) -> dict[str, float]:
-    """Return bits a weight of the linears of the blocks, and of the head."""
-    totals = {"blocks": [0, 0], "head": [0, 0]}
+    """Return bits a weight of the linears of the blocks, and of the head; a branch beside a linear
+    adds bits, but no weights."""
+    bits = {"blocks": 0, "head": 0}
+    weights: dict[str, dict[str, int]] = {"blocks": {}, "head": {}}
     seen: set[Node] = set()
     for node in graph.nodes:
         if isinstance(node.op, ops.Linear) and node.inputs[1] not in seen:
             seen.add(node.inputs[1])
             weight = node.inputs[1].op.weight  # type: ignore[attr-defined]
-            place = totals["head" if node in graph.outputs else "blocks"]
-            place[0] += weight.bits
-            place[1] += weight.elements
-    return {name: round(bits / count, 4) for name, (bits, count) in totals.items() if count}
+            place = "head" if node in graph.outputs else "blocks"
+            bits[place] += weight.bits
+            weights[place][weight.name.removesuffix(".branch")] = weight.elements
+    return {
+        place: round(bits[place] / sum(known.values()), 4)
+        for place, known in weights.items()
+        if known
+    }
 
 
 def measure(

@@ -80,7 +80,8 @@ class Bench:
         graph = whole(passes).run(self.graph, context)
         seconds, used = time.perf_counter() - start, time.process_time() - used
         test = cut(self.evaluation, self.windows, WINDOW)
-        held_out = cut(self.calibration[SAMPLES * WINDOW :], self.deciding, WINDOW)
+        behind = self.calibration[SAMPLES * WINDOW :]
+        held_out = cut(behind, self.deciding, WINDOW) if self.deciding else []
         losses = losses_of(graph, [*test, *held_out], parse_device(self.device))
         coverage = context.calibration.coverage if context.calibration else {}
         errors = [each.error for each in coverage.values() if each.error is not None]

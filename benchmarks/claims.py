@@ -40,6 +40,12 @@ BRANCH = (SplitLowRank("rank32"), SplitBranches())
 MIGRATED = (MigrateOutliers("int4·g64", 32, A4, grid=10), FoldScales())
 
 
+DATA_FREE = (
+    CompensateError, QuantizeActivations, RoundToNearest, SplitBranches, SplitLowRank,
+)  # fmt: skip
+"""Passes that do not look at data, as they are used here."""
+
+
 def rtn(format: str) -> Pass:
     """Round the linears of the blocks."""
     return RoundToNearest(format, heads=False)
@@ -208,11 +214,26 @@ class Verdict:
         return f"{word} {self.claim.recipe}: {self.claim.text} [{rows}]"
 
 
+CAUSES: dict[str, str] = {}
+"""Claims that do not reproduce, and why."""
+
+
+def needs_data(name: str) -> bool:
+    """Say whether a configuration looks at calibration data."""
+    return any(not isinstance(one, DATA_FREE) for one in CONFIGURATIONS[name])
+
+
 def decide(results: Iterable[Mapping[str, Any]]) -> list[Verdict]:
     """Return what became of every claim whose configurations are all there, with some seed."""
     seeds: dict[int, dict[str, Mapping[str, Any]]] = {}
     for result in results:
         seeds.setdefault(result["seed"], {})[result["name"]] = result
+    for known in list(seeds.values()):
+        free = {name: known[name] for name in known if name in CONFIGURATIONS}
+        for name, result in free.items():
+            if not needs_data(name):
+                for others in seeds.values():
+                    others.setdefault(name, result)
     found = []
     for claim in CLAIMS:
         known = [seeds[seed] for seed in sorted(seeds) if seeds[seed].keys() >= set(claim.names)]

@@ -131,10 +131,13 @@ def add_what_to_compile(parser: argparse.ArgumentParser, model: str = MODEL) -> 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add what recipes that look at data ask for."""
     parser.add_argument(
-        "--calibration", default="self", metavar="FILE",
-        help=".txt or .jsonl; self: text that the model writes (default)",
+        "--calibration", metavar="FILE",
+        help=".txt or .jsonl, or self: text that the model writes (the default of recipes that "
+        "look at data)",
     )  # fmt: skip
-    parser.add_argument("--num-calibration-samples", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--num-calibration-samples", type=int, metavar="N", help="default: 128, of self 32"
+    )
     parser.add_argument("--max-seq-length", type=int, default=512, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes")
     parser.add_argument(
@@ -146,9 +149,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def calibration_data(options: argparse.Namespace) -> Any:
-    """Return what --calibration names: "self", or a file, which must be there."""
-    if options.calibration == "self":
-        return "self"
+    """Return what --calibration names: "self", or a file, which must be there; None for nothing."""
+    if options.calibration in (None, "self"):
+        return options.calibration
     return Path(options.calibration)
 
 

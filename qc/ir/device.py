@@ -61,5 +61,5 @@ def moved(value: Value, device: torch.device) -> Value:
         return [moved(each, device) for each in value]  # type: ignore[return-value]
     if isinstance(value, Term):
         stored = {name: array.to(device) for name, array in value.stored.items()}
-        return replace(value, stored=stored)  # type: ignore[return-value]
+        return replace(value, stored=stored)
     return value

@@ -31,8 +31,8 @@ STAY = 1e-6
 """Part of the mean of the diagonal that is added to equations: what float32 products lose."""
 
 
-WEIGHTS_AT_ONCE = 1 << 16
-"""Weights of a band while ranges are searched: 256 KiB, of which the caches hold a few."""
+WEIGHTS_AT_ONCE = 1 << 15
+"""Weights of a band while ranges are searched: 128 KiB, of which the caches hold a few."""
 
 Grid = tuple[Tensor, Tensor, Tensor]
 """Scale, offset and integer zero of every tile."""
@@ -186,19 +186,24 @@ class GroupedRounding(Rounding):
 
     def error_of(self, bands: Sequence[Band], grid: Grid) -> Tensor:
         """Return the weighted squared error of each tile."""
+        read = self.as_divided(grid)
         found = []
         for band in bands:
-            codes, step, offset = self.codes_of(band, grid)
+            codes, step, offset = self.codes_of(band, read)
             wrong = codes.mul_(step).add_(offset).sub_(band.weights).square_()
             found.append(wrong.mul_(band.importance).sum((1, 3)))
         return torch.cat(found)
 
-    def codes_of(self, band: Band, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    def codes_of(self, band: Band, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the codes of a band, and the steps and offsets of its tiles."""
-        read, start = self.as_plain(grid)
-        step, offset = (each[band.tiles, None, :, None] for each in (some(read), start))
+        step, offset = (each[band.tiles, None, :, None] for each in read)
         codes = torch.sub(band.weights, offset).div_(step).round_().clamp_(0, self.format.top)
         return codes, step, offset
+
+    def as_divided(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Return steps that can be divided by, and offsets, as `as_plain` reads them."""
+        read, start = self.as_plain(grid)
+        return some(read), start
 
     def as_plain(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Return scale and offset in float16: stored as terms they cannot be judged one by one."""
@@ -220,15 +225,15 @@ class GroupedRounding(Rounding):
         shift = torch.zeros_like(zero)
         if self.format.offset != "minimum":
             shift = zero if self.format.offset == "zero" else -self.offset_of(zero + 1, zero)
-        sums = []
+        read, sums = self.as_divided(grid), []
         for band in bands:
-            codes, _, _ = self.codes_of(band, grid)
+            codes, _, _ = self.codes_of(band, read)
             codes -= shift[band.tiles, None, :, None]
             mass = band.importance.expand(codes.shape)
             weighed = codes * mass
-            terms = (mass, weighed, band.weights * mass, codes.mul_(weighed))
-            terms = (*terms, weighed.mul_(band.weights))
-            sums.append(torch.stack([each.sum((1, 3)) for each in terms]))
+            q, w = weighed.sum((1, 3)), (band.weights * mass).sum((1, 3))
+            qq, qw = codes.mul_(weighed).sum((1, 3)), weighed.mul_(band.weights).sum((1, 3))
+            sums.append(torch.stack((mass.sum((1, 3)), q, w, qq, qw)))
         mass, q, w, qq, qw = torch.cat(sums, 1)
         if self.format.offset != "minimum":
             found = torch.where(qq > 0, qw / some(qq), scale)
