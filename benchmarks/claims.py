@@ -23,6 +23,7 @@ from qc.passes.quantize.gptq import Gptq
 from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.quantize.sensitive_tables import SensitiveTables
 from qc.passes.quantize.spqr import Spqr
+from qc.passes.recipes.composed import GPTQ2, GPTQ3
 from qc.passes.recipes.rounding import CACHE_16, TABLES_16
 from qc.passes.transform.awq import AwqScales
 from qc.passes.transform.clip_weights import ClipWeights
@@ -102,6 +103,8 @@ CONFIGURATIONS: dict[str, tuple[Pass, ...]] = {
     "gptq3 refined": (Gptq(THREE, ranges="mse", refinements=3),),
     "rotated gptq3": (*ROTATED, Gptq(THREE)),
     "rotated rtn3": (*ROTATED, rtn(THREE)),
+    "w3": (GPTQ3,),
+    "w2": (GPTQ2,),
     "outliers + gptq3": (SplitOutliers("hessian", "0.5%"), Gptq(THREE)),
     "low rank + gptq3": (SplitLowRank("rank4", whiten=True), Gptq(THREE)),
 }  # fmt: skip
@@ -193,6 +196,10 @@ CLAIMS = (
         "svdquant_a16", "4 bits, g64: svdquant_a16 < rtn in perplexity",
         ("svdquant a16", "rtn4 symmetric"),
     ),
+    Claim("w3", "w3 < gptq with 3 bits, g64", ("w3", "gptq3")),
+    Claim("w3", "w3 < awq with 3 bits, g64", ("w3", "awq3")),
+    Claim("w3", "w3 < claq at 3.64 bits", ("w3", "claq3")),
+    Claim("w3", "w3 < spqr at 4.33 bits", ("w3", "spqr")),
 )  # fmt: skip
 
 
@@ -216,6 +223,21 @@ class Verdict:
 
 CAUSES: dict[str, str] = {}
 """Claims that do not reproduce, and why."""
+
+UNMEASURED = frozenset(
+    {
+        "3 bits, g64: gptq with act-order < gptq without",
+        "the gap between rtn and gptq is larger at 3 bits than at 4",
+        "3 bits: spqr < gptq with groups of 32 in perplexity",
+        "3 bits a row: weighted tables < plain k-means < rtn in perplexity",
+        "3 bits a row: tables with 0.45% sparse < tables alone",
+        "3 bits, g64: the better axis < rtn in perplexity",
+        "3 bits, g64: the better axis + gptq < gptq",
+        "3 bits, g64: gwq < outliers by magnitude",
+        "4 bits, g64, 4-bit activations: svdquant < smoothing alone < rtn",
+    }
+)
+"""Claims that no recorded result decides yet."""
 
 
 def needs_data(name: str) -> bool:

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 from benchmarks.campaign import Bench, open_bench, read_results, run_all
-from benchmarks.claims import CAUSES, CLAIMS, CONFIGURATIONS, Claim, Verdict, decide, needs_data
+from benchmarks.claims import (
+    CAUSES,
+    CLAIMS,
+    CONFIGURATIONS,
+    UNMEASURED,
+    Claim,
+    Verdict,
+    decide,
+    needs_data,
+)
 from qc.passes.recipes import PUBLISHED, RECIPES
 from real_model import BUILD, MODEL
 from tests.needs import needs
@@ -34,7 +43,7 @@ def recorded() -> dict[str, Verdict]:
 
 def test_every_claim_of_a_recipe_is_decided_by_data() -> None:
     known = {(claim.recipe, claim.text) for claim in CLAIMS}
-    for recipe in PUBLISHED:
+    for recipe in (*PUBLISHED, RECIPES["w3"]):
         assert recipe.claims
         assert {(recipe.name, text) for text in recipe.claims} <= known, recipe.name
     assert {claim.recipe for claim in CLAIMS} <= RECIPES.keys()
@@ -44,9 +53,9 @@ def test_every_claim_of_a_recipe_is_decided_by_data() -> None:
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.recipe}: {claim.text}")
 def test_what_was_recorded_agrees_or_has_a_cause(claim: Claim) -> None:
     found = recorded().get(claim.text)
+    assert (found is None) == (claim.text in UNMEASURED)
     if found is None:
-        assert claim.text in CAUSES, "neither measured nor said why not"
-        return
+        pytest.skip("not recorded yet: make test-claims measures it")
     assert found.holds != (claim.text in CAUSES), str(found)
 
 
