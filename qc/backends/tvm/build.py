@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,13 @@ def c_compiler() -> list[str]:
 
 def write_program(lowered: Lowered[Kernel], writer: ArtifactWriter, progress: Progress) -> None:
     """Put the weights, the library and the kernels' sources into an artifact."""
-    progress("compile kernels", 0.0)
+    c_compiler()  # none is said before any work
     library = writer.file(LIBRARY)
-    link_library(lowered.kernels, lowered.target, library)
+    with ThreadPoolExecutor(1) as beside:  # LLVM and the compiler run without Python's lock
+        linking = beside.submit(link_library, lowered.kernels, lowered.target, library)
+        writer.add_weights(dict(tensor_sources(lowered, progress)))
+        progress("compile kernels", 0.0)
+        linking.result()
     writer.keep(LIBRARY)
     for name, kernel in lowered.kernels.items():
         writer.add(f"source/{name}.py", kernel.function.script().encode())
-    writer.add_weights(dict(tensor_sources(lowered, progress)))
