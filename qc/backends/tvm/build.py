@@ -34,7 +34,10 @@ NATIVE = Path(qc.runtime.__file__).parent / "native"
 
 def llvm_target(target: Target) -> Any:
     """Return TVM's description of the machine."""
-    return tvm.target.Target({"kind": "llvm", "mcpu": target.llvm_cpu})
+    described: dict[str, Any] = {"kind": "llvm", "mcpu": target.llvm_cpu}
+    if target.machine != "x86_64":
+        described |= {"mtriple": target.llvm_triple, "mattr": list(target.llvm_features)}
+    return tvm.target.Target(described)
 
 
 def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
