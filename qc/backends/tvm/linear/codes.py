@@ -60,7 +60,7 @@ class StreamReader:
 
     def head(self, group: Any) -> Any:
         """Return where a group starts."""
-        return group * self.stream.group_bytes
+        return group * self.stream.group_bytes + self.stream.factor_bytes
 
     def quads(self, offset: Any, first: int) -> list[list[Part]]:
         """Load the codes of `lanes` outputs of the step at `offset`: the parts of each quad."""
@@ -82,12 +82,22 @@ class StreamReader:
 
     def scale(self, head: Any, first: int) -> Any:
         """Load the scales of `lanes` outputs of the group at `head`."""
+        if "scale" in self.stream.coded:
+            return T.Bind(self.coded("scale", head, first))
         return T.Bind(self.halves(head, first))
+
+    def coded(self, name: str, start: Any, first: int) -> Any:
+        """Load u8 codes of `lanes` outputs, times the factors of their rows."""
+        codes = T.Cast(typed("float32", self.lanes), self.bytes_at(start + first, self.lanes))
+        factors = T.int64(2 * BLOCK * self.stream.coded.index(name))
+        return codes * self.halves(factors, first)
 
     def minimum(self, head: Any, first: int, scale: Any) -> Any:
         """Return what the weights of a group have beside code * scale."""
-        offsets = head + 2 * BLOCK
+        offsets = head + self.stream.scale_bytes
         format = self.stream.format
+        if "minimum" in self.stream.coded:
+            return T.Bind(self.coded("minimum", offsets, first))
         if format.offset == "minimum":
             return T.Bind(self.halves(offsets, first))
         if format.offset == "zero":

@@ -3,8 +3,10 @@
 Outputs go in blocks of 16, each block one contiguous stream of its groups, so that a matrix-vector
 product reads memory strictly forward. The same bytes serve vectors of 16, 32 and 64 bytes.
 
-    group    16 float16 scales, 16 offsets (float16 minima or u8 zeros; none where symmetric), then
-             one step for every 32 inputs
+    block    where scales or minima are codes times a factor for each output: 16 float16 factors of
+             the scales, and of the minima; then the groups
+    group    16 scales (float16, or u8 codes), 16 offsets (float16 minima, their u8 codes, or u8
+             zeros; none where symmetric), then one step for every 32 inputs
     step     as many vectors of 64 bytes as a code has bits, which hold the fields of 8 quads
     vector   16 outputs x 4 inputs (a "quad"), as multiply-add instructions on bytes want them
     field    bits of the codes of one quad, in the same place of every byte of a vector: codes are
@@ -110,9 +112,28 @@ class Stream:
         return STEP * BLOCK * self.format.bits_per_code // 8
 
     @property
+    def coded(self) -> tuple[str, ...]:
+        """Which of scales and minima are codes times a factor for each output."""
+        inner = {"scale": self.format.scale, "minimum": self.format.minimum}
+        return tuple(name for name, format in inner.items() if format is not None)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes in front of the groups of a block."""
+        return 2 * BLOCK * len(self.coded)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of one group."""
+        return BLOCK if "scale" in self.coded else 2 * BLOCK
+
+    @property
     def head_bytes(self) -> int:
         """Bytes of the scales and offsets of one group."""
-        return BLOCK * {"symmetric": 2, "zero": 3, "minimum": 4}[self.format.offset]
+        if self.format.offset == "symmetric":
+            return self.scale_bytes
+        wide = self.format.offset == "minimum" and "minimum" not in self.coded
+        return self.scale_bytes + (2 * BLOCK if wide else BLOCK)
 
     @property
     def group_bytes(self) -> int:
@@ -123,7 +144,7 @@ class Stream:
     def block_bytes(self) -> int:
         """Bytes of the stream of one block."""
         heads = self.format.groups(self.inner) * self.head_bytes
-        return heads + self.inner // STEP * self.step_bytes
+        return self.factor_bytes + heads + self.inner // STEP * self.step_bytes
 
     @cached_property
     def fields(self) -> tuple[tuple[Field, ...], ...]:
@@ -136,13 +157,24 @@ class Stream:
         for start in range(0, self.outer, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             codes = unpacked(arrays["codes"][rows], self.format.bits_per_code, self.inner)
-            heads = [self.packed_head(arrays["scale"][rows])]
-            if self.format.offset != "symmetric":
-                heads.append(self.packed_head(arrays[self.format.offset][rows]))
+            names = (
+                ("scale",) if self.format.offset == "symmetric" else ("scale", self.format.offset)
+            )
+            heads = [self.packed_head(self.per_group(name, arrays, rows)) for name in names]
+            factors = [self.packed_head(arrays[f"{n}.scale"][rows]).flatten(1) for n in self.coded]
             parts = self.interleaved(torch.cat(heads, -1), self.packed_codes(codes))
-            packed = torch.cat(list(parts), 1)
+            packed = torch.cat([*factors, *parts], 1)
             result[start // BLOCK : start // BLOCK + len(packed)] = packed
         return result
+
+    def per_group(self, name: str, arrays: Mapping[str, Tensor], rows: slice) -> Tensor:
+        """Return scales or offsets [rows, groups], or their codes."""
+        if name not in self.coded:
+            return arrays[name][rows]
+        format = self.format.scale if name == "scale" else self.format.minimum
+        assert isinstance(format, GroupedFormat)
+        groups = self.format.groups(self.inner)
+        return unpacked(arrays[f"{name}.codes"][rows], format.bits_per_code, groups)
 
     def packed_head(self, per_group: Tensor) -> Tensor:
         """Return the bytes u8[blocks, groups, n] of scales or offsets [rows, groups]."""
@@ -173,10 +205,24 @@ class Stream:
 def stream_of(format: TermFormat, outer: int, inner: int) -> Stream | None:
     """Return the layout of a term that is grouped in steps of 32; None otherwise."""
     match format:
-        case GroupedFormat(tile_rows=1, scale=None, minimum=None) if format.offset != "none":
+        case GroupedFormat(tile_rows=1) if (
+            format.offset != "none"
+            and is_row_scaled(format.scale)
+            and is_row_scaled(format.minimum)
+        ):
             stream = Stream(format, outer, inner)
             return stream if inner % STEP == 0 and stream.group % STEP == 0 else None
     return None
+
+
+def is_row_scaled(format: TermFormat | None) -> bool:
+    """Say whether scales or minima are plain, or codes of one sign times a factor of each row."""
+    match format:
+        case None:
+            return True
+        case GroupedFormat(offset="none", tile_rows=1, group=None, scale=None, minimum=None):
+            return True
+    return False
 
 
 def in_blocks(rows: Tensor) -> Tensor:
