@@ -9,20 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qc.checking.check import require_possible
-from qc.errors import InputError
+from qc.errors import InputError, TargetError, UnsupportedError
 from qc.explaining.explain import ExplainOptions
 from qc.frontends import open_model
 from qc.ir.device import parse_device
-from qc.ir.target import parse_target
+from qc.ir.graph import Graph
+from qc.ir.target import Target, parse_target
 from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration import SELF, Calibration, Checkpoint
-from qc.passes.pipeline import Pipeline
+from qc.passes.pipeline import Context, Pipeline
 from qc.passes.recipes import RECIPES, Recipe
 from qc.progress import progress_bar
+from qc.runtime.artifact import read_manifest
+from qc.runtime.manifest import MANIFEST, TORCH
 from qc.runtime.package import check_place
-from qc.stages import CapturedModel, Progress, resolve_recipe, silent
+from qc.stages import CapturedModel, Progress, plan_graph, resolve_recipe, silent
 
 if TYPE_CHECKING:
+    from qc.backends.artifact import ArtifactFacts
     from qc.checking.report import CheckReport
     from qc.runtime import Artifact
     from qc.runtime.explanation import Explanation
@@ -95,6 +99,84 @@ def compile(
     if kept is not None:
         kept.remove()
     return artifact
+
+
+def build(
+    model: Any,
+    target: str,
+    output: str | Path,
+    *,
+    recipe: str | Recipe | Pipeline | None = None,
+    weights: str | WeightFormat | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    calibration: Any = SELF,
+    num_calibration_samples: int = 128,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    example_inputs: Mapping[str, Any] | None = None,
+    progress: bool | Callable[[str, float], None] = False,
+) -> dict[str, Any]:
+    """Build a package for a device, such as "arm64-dotprod-w4": a library and a runner that need
+    neither Python nor a compiler there. Return its manifest.
+
+    The other arguments are those of `compile`. `model` may also be the artifact of a torch target:
+    then its weights are taken as they are stored, and the recipe of `target` is not run.
+    TargetError where no compiler for the device is installed, UnsupportedError for a model that
+    does not generate tokens or keeps an operation on torch.
+    """
+    from qc.backends.device.package import write_device_package  # loads TVM
+    from qc.backends.device.toolchain import toolchain_for
+
+    machine, recipe_name = parse_target(target, RECIPES)
+    if machine.gpu is not None or machine.device == "torch":
+        raise TargetError(f"packages are built for CPUs; {target} is none")
+    toolchain_for(machine.machine)  # before anything long
+    check_place(output)
+    with shown(progress) as report:
+        if isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file():
+            if recipe is not None or weights is not None or bits or group_size:
+                raise InputError("the weights of an artifact are built as they are stored")
+            graph, facts = stored_model(Path(model), machine, target, report)
+        else:
+            passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
+            data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+            report("capture", 0.0)
+            canonical = trace(model, example_inputs).canonicalize(report)
+            require_possible(canonical.graph, passes, machine)
+            quantized = canonical.quantize(passes, report, calibration=data)
+            planned = quantized.lower(machine, report)
+            graph, facts = planned.graph, planned.facts(target)
+        return write_device_package(graph, machine, facts, Path(output), report)
+
+
+def stored_model(
+    folder: Path, machine: Target, name: str, report: Progress
+) -> tuple[Graph, ArtifactFacts]:
+    """Read the quantized graph of an artifact and plan it for a machine.
+
+    UnsupportedError for an artifact that holds code instead.
+    """
+    from qc.backends.artifact import ArtifactFacts
+    from qc.backends.torch.artifact import read_graph
+
+    manifest = read_manifest(folder)
+    if manifest.executor != TORCH:
+        raise UnsupportedError(
+            f"{folder} holds code for {manifest.target.name} and no graph to build from: build "
+            "from the model, or from an artifact of a torch target (qc compile --target torch-w4)"
+        )
+    graph = plan_graph(read_graph(folder, manifest), machine, Context(machine, report))
+    generate = manifest.generate
+    facts = ArtifactFacts(
+        name,
+        () if generate is None else generate.eos,
+        None if generate is None else generate.bos,
+        manifest.context_length,
+        folder if manifest.tokenizer else None,
+        manifest.report,
+    )
+    return graph, facts
 
 
 def explain(

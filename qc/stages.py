@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from qc.checking.check import check_graph
-from qc.errors import QcError, RecipeError, nearest
+from qc.errors import QcError, RecipeError, TargetError, nearest
 from qc.explaining.explain import ExplainOptions, explain
 from qc.frontends.captured import Captured
 from qc.ir.graph import Graph
@@ -43,6 +43,7 @@ from qc.runtime.explanation import FIGURES, Explanation
 from qc.runtime.text import TextModel
 
 if TYPE_CHECKING:
+    from qc.backends.artifact import ArtifactFacts
     from qc.checking.report import CheckReport
     from qc.runtime import Artifact
 
@@ -188,9 +189,8 @@ class QuantizedModel:
     def lower(self, target: str | Target = "cpu", progress: Progress = silent) -> PlannedModel:
         """Group the graph into kernels for a machine, such as "cpu" or "cpu:x86_64-v3"."""
         machine = target if isinstance(target, Target) else parse_machine(target)
-        context = Context(machine, progress, self.log)
-        plan = () if machine.device == "torch" else (Fuse(),)  # the reference runs node by node
-        return PlannedModel(self, machine, Pipeline(plan).run(self.graph, context))
+        graph = plan_graph(self.graph, machine, Context(machine, progress, self.log))
+        return PlannedModel(self, machine, graph)
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -224,13 +224,12 @@ class PlannedModel:
             weakref.finalize(artifact, shutil.rmtree, str(folder), ignore_errors=True)
         return artifact
 
-    def write(self, place: Path, name: str, progress: Progress) -> Artifact:
-        """Write the artifact to `place` and load it."""
+    def facts(self, name: str) -> ArtifactFacts:
+        """Return what an artifact says of itself besides its program."""
         from qc.backends.artifact import ArtifactFacts
-        from qc.loading import load
 
         captured = self.quantized.captured
-        facts = ArtifactFacts(
+        return ArtifactFacts(
             name,
             captured.captured.eos_ids,
             captured.captured.bos_id,
@@ -239,6 +238,16 @@ class PlannedModel:
             compile_report(self.quantized.graph, captured.source, name, self.quantized.coverage),
             self.texts(),
         )
+
+    def write(self, place: Path, name: str, progress: Progress) -> Artifact:
+        """Write the artifact to `place` and load it."""
+        from qc.loading import load
+
+        facts = self.facts(name)
+        if self.target.device == "arm64":
+            raise TargetError(
+                f"{name} is another machine than this: `qc build` makes packages for it"
+            )
         if self.target.device == "torch":
             from qc.backends.torch.artifact import write_torch_artifact
 
@@ -271,6 +280,12 @@ class PlannedModel:
 
     def __str__(self) -> str:
         return str(self.graph)
+
+
+def plan_graph(graph: Graph, machine: Target, context: Context) -> Graph:
+    """Group a quantized graph into kernels for a machine."""
+    plan = () if machine.device == "torch" else (Fuse(),)  # the reference runs node by node
+    return Pipeline(plan).run(graph, context)
 
 
 def encoder_of(folder: Path | None) -> Encode | None:

@@ -297,10 +297,10 @@ def solve_grids(
             even = between.expand(len(part), -1, -1)
             a = torch.cat((torch.cat((a, mixed.mT), 2), torch.cat((mixed, even), 2)), 1)
         b = b.transpose(1, 2).flatten(1)
-        answer = solve_rows((a + a.mT) / 2, b)
-        if answer is None:
+        solution = solve_rows((a + a.mT) / 2, b)
+        if solution is None:
             return None
-        solved.append(answer)
+        solved.append(solution)
     whole = torch.cat(solved)
     return whole[:, :number].contiguous(), whole[:, number:].contiguous() if with_level else None
 
