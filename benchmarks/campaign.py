@@ -187,8 +187,10 @@ def open_bench(folder: str, device: str) -> Bench:
     model = trace(folder).canonicalize()
     encode = encoder_of(model.captured.captured.tokenizer)
     assert encode is not None, "the model has no tokenizer"
-    texts = (torch.tensor(encode(p.read_text(encoding="utf-8"))) for p in (CALIBRATION, EVALUATION))
-    return Bench(model.graph, *texts, device=device)
+    calibration, evaluation = (
+        torch.tensor(encode(each.read_text(encoding="utf-8"))) for each in (CALIBRATION, EVALUATION)
+    )
+    return Bench(model.graph, calibration, evaluation, device)
 
 
 def add_bench(parser: argparse.ArgumentParser, jobs: str) -> None:

@@ -233,8 +233,6 @@ UNMEASURED = frozenset(
         "3 bits a row: tables with 0.45% sparse < tables alone",
         "3 bits, g64: the better axis < rtn in perplexity",
         "3 bits, g64: the better axis + gptq < gptq",
-        "3 bits, g64: gwq < outliers by magnitude",
-        "4 bits, g64, 4-bit activations: svdquant < smoothing alone < rtn",
     }
 )
 """Claims that no recorded result decides yet."""

@@ -186,7 +186,7 @@ def test_unknown_formats_are_refused_before_anything_is_read(tmp_path: Path) -> 
 
 def test_the_format_takes_the_place_of_the_recipes() -> None:
     stored = RoundToNearest(SUM)
-    for recipe in ("w4", "w2", "w8a16"):
+    for recipe in ("w4", "w2_rtn", "w8a16"):
         passes = resolve_recipe(recipe, SUM).passes
         named = RECIPES[recipe].passes
         assert passes == tuple(stored if isinstance(p, RoundToNearest) else p for p in named)
@@ -219,7 +219,7 @@ def test_a_roofline_is_flat_where_arithmetic_takes_over() -> None:
 
 @pytest.mark.fast_rules
 def test_few_bits_are_read_faster(canonical: CanonicalModel) -> None:
-    two, four = (canonical.check("cpu:x86_64-v3", recipe) for recipe in ("w2", "w4"))
+    two, four = (canonical.check("cpu:x86_64-v3", recipe) for recipe in ("w2_rtn", "w4"))
     assert two.summary["bytes_per_token"] < four.summary["bytes_per_token"]
     assert 1 < four.speedups[1] <= two.speedups[1]
 
@@ -258,7 +258,7 @@ def test_the_command_prints_the_report_as_text_and_json(
 ) -> None:
     said = run(capsys, 0, folder, "--weights", "int3:g64+rank4")
     assert "int3·g64 + rank4, int8/g32" in said
-    content = json.loads(run(capsys, 0, folder, "--target", "cpu-w3", "--json"))
+    content = json.loads(run(capsys, 0, folder, "--target", "cpu-w3_rtn", "--json"))
     assert content["accepted"]
     assert {row["format"] for row in content["rows"]} == {"int3·g32·min"}
     assert content["compile"]["memory_bytes"] > 0
