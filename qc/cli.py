@@ -1,4 +1,4 @@
-"""The `qc` command: check, compile, explain, run, eval, verify, inspect."""
+"""The `qc` command: check, compile, build, explain, run, eval, verify, inspect."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qc.errors import InputError, QcError, nearest
+from qc.runtime.tables import format_table
 
 if TYPE_CHECKING:
     from qc.evaluation import Logits
@@ -60,6 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--quiet", action="store_true", help="no progress, no table")
     one.set_defaults(command=compile_command)
+
+    one = commands.add_parser(
+        "build", help="make a package for a device: no Python, no compiler there"
+    )
+    add_what_to_compile(one, "what compile takes, or an artifact of a torch target")
+    one.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write")
+    add_calibration(one)
+    one.add_argument("--quiet", action="store_true", help="no progress, no table")
+    one.set_defaults(command=build_command)
 
     one = commands.add_parser("explain", help="where the loss comes from, by layer and by pass")
     add_what_to_compile(one, "an artifact compiled with --explain, or a model to quantize")
@@ -131,21 +141,27 @@ def add_what_to_compile(parser: argparse.ArgumentParser, model: str = MODEL) -> 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add what recipes that look at data ask for."""
     parser.add_argument(
-        "--calibration", default="self", metavar="FILE",
-        help=".txt or .jsonl; self: text that the model writes (default)",
+        "--calibration", metavar="FILE",
+        help=".txt or .jsonl, or self: text that the model writes (the default of recipes that "
+        "look at data)",
     )  # fmt: skip
-    parser.add_argument("--num-calibration-samples", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--num-calibration-samples", type=int, metavar="N", help="default: 128, of self 32"
+    )
     parser.add_argument("--max-seq-length", type=int, default=512, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes")
+    parser.add_argument(
+        "--device", default="cpu", help="where the model is calibrated: cpu (default), cuda, auto"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on with a compilation that was killed"
     )
 
 
 def calibration_data(options: argparse.Namespace) -> Any:
-    """Return what --calibration names: "self", or a file, which must be there."""
-    if options.calibration == "self":
-        return "self"
+    """Return what --calibration names: "self", or a file, which must be there; None for nothing."""
+    if options.calibration in (None, "self"):
+        return options.calibration
     return Path(options.calibration)
 
 
@@ -170,7 +186,8 @@ def compile_command(options: argparse.Namespace) -> None:
         options.model, options.target, recipe=options.recipe, weights=options.weights,
         bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
-        max_seq_length=options.max_seq_length, seed=options.seed, resume=options.resume,
+        max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
+        resume=options.resume,
         explain=options.explain, output=options.output, progress=not options.quiet,
     )  # fmt: skip
     if options.quiet:
@@ -179,6 +196,29 @@ def compile_command(options: argparse.Namespace) -> None:
     size = sum(entry.bytes for entry in artifact.manifest.files.values())
     seconds = time.perf_counter() - start
     print(f"\n{options.output}: {size / 1e6:.1f} MB, compiled in {seconds:.1f} s")
+
+
+def build_command(options: argparse.Namespace) -> None:
+    """`qc build MODEL --target T -o DIR`"""
+    from qc.compiler import build
+
+    made = build(
+        options.model, options.target, options.output, recipe=options.recipe,
+        weights=options.weights, bits=options.bits, group_size=options.group_size,
+        calibration=calibration_data(options),
+        num_calibration_samples=options.num_calibration_samples,
+        max_seq_length=options.max_seq_length, seed=options.seed, progress=not options.quiet,
+    )  # fmt: skip
+    if options.quiet:
+        return
+    memory = made["memory"]
+    rows = [{"file": name, "bytes": entry["bytes"]} for name, entry in made["files"].items()]
+    print(format_table(rows))
+    print(
+        f"\n{options.output}: for {made['target']['name']}. A session needs "
+        f"{memory['prefill'] / 1e6:.1f} MB, and {memory['state_of_1024_tokens'] / 1e6:.1f} MB for "
+        "each 1024 tokens of its context"
+    )
 
 
 def explain_command(options: argparse.Namespace) -> None:
@@ -209,7 +249,7 @@ def explanation_of(options: argparse.Namespace) -> Explanation:
         options.model, options.target, recipe=options.recipe, weights=options.weights,
         bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
-        max_seq_length=options.max_seq_length, seed=options.seed,
+        max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
         options=ExplainOptions(divergence_tokens=options.divergence_tokens),
         progress=not options.quiet,
     )  # fmt: skip

@@ -9,22 +9,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qc.checking.check import require_possible
-from qc.errors import InputError
+from qc.errors import InputError, TargetError, UnsupportedError
 from qc.explaining.explain import ExplainOptions
 from qc.frontends import open_model
-from qc.ir.target import parse_target
+from qc.ir.device import parse_device
+from qc.ir.graph import Graph
+from qc.ir.target import Target, parse_target
 from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration import SELF, Calibration, Checkpoint
-from qc.passes.pipeline import Pipeline
+from qc.passes.pipeline import Context, Pipeline
 from qc.passes.recipes import RECIPES, Recipe
 from qc.progress import progress_bar
+from qc.runtime.artifact import read_manifest
+from qc.runtime.manifest import MANIFEST, TORCH
 from qc.runtime.package import check_place
-from qc.stages import CapturedModel, Progress, resolve_recipe, silent
+from qc.stages import CapturedModel, Progress, plan_graph, resolve_recipe, silent
 
 if TYPE_CHECKING:
+    from qc.backends.artifact import ArtifactFacts
     from qc.checking.report import CheckReport
     from qc.runtime import Artifact
     from qc.runtime.explanation import Explanation
+
+
+GIVEN_SAMPLES, WRITTEN_SAMPLES = 128, 32
+"""Sequences of given data, and of what the model writes: to write one takes longer than to
+calibrate on it."""
 
 
 def trace(model: Any, example_inputs: Mapping[str, Any] | None = None) -> CapturedModel:
@@ -45,10 +55,11 @@ def compile(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
-    calibration: Any = SELF,
-    num_calibration_samples: int = 128,
+    calibration: Any = None,
+    num_calibration_samples: int | None = None,
     max_seq_length: int = 512,
     seed: int = 0,
+    device: str = "cpu",
     resume: bool = False,
     explain: bool = False,
     output: str | Path | None = None,
@@ -60,18 +71,22 @@ def compile(
     The recipe is the one that the target names unless `recipe` says otherwise; `weights` is another
     format for the linears than the recipe's: "int3·g64 + rank16 + sparse0.5%"; `bits` and
     `group_size` change the sizes of the recipe's own. Recipes that look at data see the first
-    `num_calibration_samples` sequences of `max_seq_length` tokens of `calibration`: texts, token
-    ids, a .txt or .jsonl file, a data set, or "self", text that the model writes, drawn with
-    `seed`. With `output` the artifact is written there, and finished weights are kept beside it
-    until it is: with `resume` a compilation that was killed goes on from them. With `explain` the
-    artifact says what every pass costs every layer, `artifact.explain()`. `progress=True`
-    shows a bar; a function gets (step, fraction). TargetError, RecipeError and FormatError list the
-    nearest names, and ArtifactError refuses an `output` that cannot be written, before anything is
-    read. What cannot be stored as asked, or has no kernel, is refused before any long work.
+    `num_calibration_samples` sequences (128; 32 of "self") of `max_seq_length` tokens of
+    `calibration`: texts, token ids, a .txt or .jsonl file, a data set, or "self", the default: text
+    that the model writes, drawn with `seed`. w4 and w4a16 look at data only where it is given.
+    `device` is where the model runs over the data: "cpu", "cuda", "cuda:1", or "auto", a GPU where
+    torch has one. With `output` the artifact is written there, and finished weights are kept
+    beside it until it is: with `resume` a compilation that was killed goes on from them. With
+    `explain` the artifact says what every pass costs every layer, `artifact.explain()`.
+    `progress=True` shows a bar; a function gets (step, fraction). TargetError, RecipeError and
+    FormatError list the nearest names, and ArtifactError refuses an `output` that cannot be
+    written, before anything is read. What cannot be stored as asked, or has no kernel, is refused
+    before any long work.
     """
     machine, recipe_name = parse_target(target, RECIPES)
-    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
-    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    asked = calibration is not None
+    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size, asked)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     kept = kept_beside(output, resume)
     with shown(progress) as report:
         report("capture", 0.0)
@@ -86,9 +101,10 @@ def compile(
     return artifact
 
 
-def explain(
+def build(
     model: Any,
-    target: str = "cpu-w4",
+    target: str,
+    output: str | Path,
     *,
     recipe: str | Recipe | Pipeline | None = None,
     weights: str | WeightFormat | None = None,
@@ -98,6 +114,84 @@ def explain(
     num_calibration_samples: int = 128,
     max_seq_length: int = 512,
     seed: int = 0,
+    example_inputs: Mapping[str, Any] | None = None,
+    progress: bool | Callable[[str, float], None] = False,
+) -> dict[str, Any]:
+    """Build a package for a device, such as "arm64-dotprod-w4": a library and a runner that need
+    neither Python nor a compiler there. Return its manifest.
+
+    The other arguments are those of `compile`. `model` may also be the artifact of a torch target:
+    then its weights are taken as they are stored, and the recipe of `target` is not run.
+    TargetError where no compiler for the device is installed, UnsupportedError for a model that
+    does not generate tokens or keeps an operation on torch.
+    """
+    from qc.backends.device.package import write_device_package  # loads TVM
+    from qc.backends.device.toolchain import toolchain_for
+
+    machine, recipe_name = parse_target(target, RECIPES)
+    if machine.gpu is not None or machine.device == "torch":
+        raise TargetError(f"packages are built for CPUs; {target} is none")
+    toolchain_for(machine.machine)  # before anything long
+    check_place(output)
+    with shown(progress) as report:
+        if isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file():
+            if recipe is not None or weights is not None or bits or group_size:
+                raise InputError("the weights of an artifact are built as they are stored")
+            graph, facts = stored_model(Path(model), machine, target, report)
+        else:
+            passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
+            data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+            report("capture", 0.0)
+            canonical = trace(model, example_inputs).canonicalize(report)
+            require_possible(canonical.graph, passes, machine)
+            quantized = canonical.quantize(passes, report, calibration=data)
+            planned = quantized.lower(machine, report)
+            graph, facts = planned.graph, planned.facts(target)
+        return write_device_package(graph, machine, facts, Path(output), report)
+
+
+def stored_model(
+    folder: Path, machine: Target, name: str, report: Progress
+) -> tuple[Graph, ArtifactFacts]:
+    """Read the quantized graph of an artifact and plan it for a machine.
+
+    UnsupportedError for an artifact that holds code instead.
+    """
+    from qc.backends.artifact import ArtifactFacts
+    from qc.backends.torch.artifact import read_graph
+
+    manifest = read_manifest(folder)
+    if manifest.executor != TORCH:
+        raise UnsupportedError(
+            f"{folder} holds code for {manifest.target.name} and no graph to build from: build "
+            "from the model, or from an artifact of a torch target (qc compile --target torch-w4)"
+        )
+    graph = plan_graph(read_graph(folder, manifest), machine, Context(machine, report))
+    generate = manifest.generate
+    facts = ArtifactFacts(
+        name,
+        () if generate is None else generate.eos,
+        None if generate is None else generate.bos,
+        manifest.context_length,
+        folder if manifest.tokenizer else None,
+        manifest.report,
+    )
+    return graph, facts
+
+
+def explain(
+    model: Any,
+    target: str = "cpu-w4",
+    *,
+    recipe: str | Recipe | Pipeline | None = None,
+    weights: str | WeightFormat | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    calibration: Any = None,
+    num_calibration_samples: int | None = None,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
     options: ExplainOptions | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
@@ -105,8 +199,9 @@ def explain(
     """Quantize a model as `compile` with these arguments would, and say where the loss comes from:
     errors of every layer after every pass, and what each layer alone costs the logits."""
     _, recipe_name = parse_target(target, RECIPES)
-    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
-    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    asked = calibration is not None
+    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size, asked)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     with shown(progress) as report:
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)
@@ -120,12 +215,18 @@ def explain(
 
 
 def calibration_of(
-    data: Any, num_calibration_samples: int = 128, max_seq_length: int = 512, seed: int = 0
-) -> Calibration:
-    """Return calibration data as a `Calibration`, which may be one already."""
+    data: Any = None, num_calibration_samples: int | None = None, max_seq_length: int = 512,
+    seed: int = 0, device: str = "cpu",
+) -> Calibration:  # fmt: skip
+    """Return calibration data as a `Calibration`, which may be one already; without any the model
+    writes its own. InputError for a device that is not there."""
     if isinstance(data, Calibration):
         return data
-    return Calibration(data, num_calibration_samples, max_seq_length, seed)
+    parse_device(device)
+    written = data is None or (isinstance(data, str) and data == SELF)
+    usual = WRITTEN_SAMPLES if written else GIVEN_SAMPLES
+    count = usual if num_calibration_samples is None else num_calibration_samples
+    return Calibration(SELF if data is None else data, count, max_seq_length, seed, device)
 
 
 def kept_beside(output: str | Path | None, resume: bool) -> Checkpoint | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from qc.checking.check import check_graph
-from qc.errors import QcError, RecipeError, nearest
+from qc.errors import QcError, RecipeError, TargetError, nearest
 from qc.explaining.explain import ExplainOptions, explain
 from qc.frontends.captured import Captured
 from qc.ir.graph import Graph
@@ -43,6 +43,7 @@ from qc.runtime.explanation import FIGURES, Explanation
 from qc.runtime.text import TextModel
 
 if TYPE_CHECKING:
+    from qc.backends.artifact import ArtifactFacts
     from qc.checking.report import CheckReport
     from qc.runtime import Artifact
 
@@ -88,7 +89,8 @@ class CapturedModel:
         look at data get `calibration`; without, the model writes text. RecipeError for an unknown
         name, FormatError for an unknown format.
         """
-        passes = resolve_recipe(recipe, weights, bits, group_size)
+        asked = calibration is not None
+        passes = resolve_recipe(recipe, weights, bits, group_size, calibrated=asked)
         return self.canonicalize(progress).quantize(passes, progress, calibration=calibration)
 
     def __str__(self) -> str:
@@ -127,7 +129,8 @@ class CanonicalModel:
         calibration: Calibration | None = None,
     ) -> QuantizedModel:
         """Run a recipe."""
-        passes = resolve_recipe(recipe, weights, bits, group_size)
+        asked = calibration is not None
+        passes = resolve_recipe(recipe, weights, bits, group_size, calibrated=asked)
         data = self.bind(calibration or Calibration())
         context = Context(Target("any", "any"), progress, list(self.log), data)
         graph = passes.run(self.graph, context)
@@ -144,7 +147,7 @@ class CanonicalModel:
     ) -> QuantizedModel:
         """Run a recipe and measure what every pass costs every layer: `explanation` of the
         result, which calls the recipe `name`."""
-        passes = resolve_recipe(recipe)
+        passes = resolve_recipe(recipe, calibrated=calibration is not None)
         data = self.bind(calibration or Calibration())
         context = Context(Target("any", "any"), progress, list(self.log), data)
         name = name or (recipe if isinstance(recipe, str) else "")
@@ -186,9 +189,8 @@ class QuantizedModel:
     def lower(self, target: str | Target = "cpu", progress: Progress = silent) -> PlannedModel:
         """Group the graph into kernels for a machine, such as "cpu" or "cpu:x86_64-v3"."""
         machine = target if isinstance(target, Target) else parse_machine(target)
-        context = Context(machine, progress, self.log)
-        plan = () if machine.device == "torch" else (Fuse(),)  # the reference runs node by node
-        return PlannedModel(self, machine, Pipeline(plan).run(self.graph, context))
+        graph = plan_graph(self.graph, machine, Context(machine, progress, self.log))
+        return PlannedModel(self, machine, graph)
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -222,13 +224,12 @@ class PlannedModel:
             weakref.finalize(artifact, shutil.rmtree, str(folder), ignore_errors=True)
         return artifact
 
-    def write(self, place: Path, name: str, progress: Progress) -> Artifact:
-        """Write the artifact to `place` and load it."""
+    def facts(self, name: str) -> ArtifactFacts:
+        """Return what an artifact says of itself besides its program."""
         from qc.backends.artifact import ArtifactFacts
-        from qc.loading import load
 
         captured = self.quantized.captured
-        facts = ArtifactFacts(
+        return ArtifactFacts(
             name,
             captured.captured.eos_ids,
             captured.captured.bos_id,
@@ -237,6 +238,16 @@ class PlannedModel:
             compile_report(self.quantized.graph, captured.source, name, self.quantized.coverage),
             self.texts(),
         )
+
+    def write(self, place: Path, name: str, progress: Progress) -> Artifact:
+        """Write the artifact to `place` and load it."""
+        from qc.loading import load
+
+        facts = self.facts(name)
+        if self.target.device == "arm64":
+            raise TargetError(
+                f"{name} is another machine than this: `qc build` makes packages for it"
+            )
         if self.target.device == "torch":
             from qc.backends.torch.artifact import write_torch_artifact
 
@@ -271,6 +282,12 @@ class PlannedModel:
         return str(self.graph)
 
 
+def plan_graph(graph: Graph, machine: Target, context: Context) -> Graph:
+    """Group a quantized graph into kernels for a machine."""
+    plan = () if machine.device == "torch" else (Fuse(),)  # the reference runs node by node
+    return Pipeline(plan).run(graph, context)
+
+
 def encoder_of(folder: Path | None) -> Encode | None:
     """Return what tokenizes text by the tokenizer in a folder, which is read when it is needed."""
     if folder is None:
@@ -288,13 +305,15 @@ def resolve_recipe(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    calibrated: bool = False,
 ) -> Pipeline:
     """Return the passes behind a recipe, with linears stored as `weights` where that is given, or
-    in its own formats with other sizes.
+    in its own formats with other sizes. Where data is given, `calibrated`, a recipe that rounds may
+    look at it, unless another format is asked for.
 
     RecipeError and FormatError list the nearest known names.
     """
-    passes = named_passes(recipe)
+    passes = named_passes(recipe, calibrated and weights is None)
     if weights is not None:
         passes = storing(passes, as_weight_format(weights))
     return passes if bits is None and group_size is None else resized(passes, bits, group_size)
@@ -334,16 +353,15 @@ def changed_first(pipeline: Pipeline, change: Callable[[Pass], Pass | None]) -> 
     return None
 
 
-def named_passes(recipe: str | Recipe | Pipeline) -> Pipeline:
+def named_passes(recipe: str | Recipe | Pipeline, calibrated: bool = False) -> Pipeline:
     """Return the passes of a recipe; RecipeError lists the nearest known names."""
     if isinstance(recipe, Pipeline):
         return recipe
-    if isinstance(recipe, Recipe):
-        return recipe.pipeline
-    if recipe not in RECIPES:
+    if isinstance(recipe, str) and recipe not in RECIPES:
         hint = nearest(recipe, RECIPES) or f"; known are {', '.join(RECIPES)}"
         raise RecipeError(f"unknown recipe {recipe!r}{hint}")
-    return RECIPES[recipe].pipeline
+    found = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    return Pipeline(found.calibrated) if calibrated and found.calibrated else found.pipeline
 
 
 def with_empty_caches(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

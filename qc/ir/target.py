@@ -1,7 +1,7 @@
 """Targets: facts about a machine, and the default recipe that a target name asks for.
 
 A name is `device[:architecture]-recipe`: "cpu-w4", "cpu:x86_64-v3-w4a16", "torch-f32",
-"cuda:sm_80+sm_90-w4". It is parsed here and nowhere else.
+"cuda:sm_80+sm_90-w4", "arm64-dotprod-w4", "rpi5-w4". It is parsed here and nowhere else.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class Target:
     """From memory."""
     vector_instructions_per_cycle: float = 2.0
     gpu: Gpu | None = None
+    machine: str = "x86_64"
+    """What `uname -m` says there."""
+    llvm_triple: str = "x86_64-linux-gnu"
+    llvm_features: tuple[str, ...] = ()
+    """Beyond those of `llvm_cpu`, as LLVM spells them: "+dotprod"."""
 
     def has(self, *features: str) -> bool:
         """Say whether the machine has all of these instruction sets."""
@@ -97,6 +102,48 @@ Clocks are base clocks of server parts (Westmere, Haswell to Zen 3, Skylake-SP, 
 Lake-SP and Zen 4, Sapphire Rapids). A core keeps 10 to 16 cache lines in flight to a memory 60 to
 100 ns away: 7 to 13 GB/s. Two vector units do a multiplication and an addition each, or one integer
 operation each.
+"""
+
+ARM_V8 = frozenset({"asimd"})
+ARM_DOTPROD = ARM_V8 | {"asimddp"}
+ARM_I8MM = ARM_DOTPROD | {"i8mm"}
+
+
+def arm(
+    name: str,
+    features: frozenset[str],
+    cpu: str,
+    gigahertz: float,
+    bytes_per_cycle: float,
+    vector_instructions: float = 2.0,
+) -> Target:
+    """Describe an ARM CPU, whose vectors have 16 bytes; features are spelled as by Linux."""
+    spelled = {"asimddp": "+dotprod", "i8mm": "+i8mm"}
+    return Target(
+        "arm64", name, features, 16, cpu, gigahertz, bytes_per_cycle, vector_instructions,
+        machine="aarch64", llvm_triple="aarch64-linux-gnu",
+        llvm_features=tuple(spelled[f] for f in sorted(features) if f in spelled),
+    )  # fmt: skip
+
+
+ARMS = {
+    "arm64": arm("generic", ARM_V8, "generic", 1.5, 2.5),
+    "arm64-dotprod": arm("dotprod", ARM_DOTPROD, "generic", 2.4, 4.0),
+    "arm64-i8mm": arm("i8mm", ARM_I8MM, "generic", 2.6, 6.0),
+    "rpi3": arm("rpi3", ARM_V8, "cortex-a53", 1.2, 1.7, 1.0),
+    "rpi4": arm("rpi4", ARM_V8, "cortex-a72", 1.5, 2.7),
+    "rpi5": arm("rpi5", ARM_DOTPROD, "cortex-a76", 2.4, 4.0),
+    "graviton2": arm("graviton2", ARM_DOTPROD, "neoverse-n1", 2.5, 4.5),
+    "graviton3": arm("graviton3", ARM_I8MM, "neoverse-v1", 2.6, 6.0, 4.0),
+    "pixel-6": arm("pixel-6", ARM_DOTPROD, "cortex-a76", 2.25, 5.0),
+    "pixel-8": arm("pixel-8", ARM_I8MM, "cortex-a715", 2.4, 6.0),
+}
+"""Every ARM machine that packages are built for, by name: instruction sets, then devices.
+
+A device is the instruction sets and the scheduling of its cores: those of a Raspberry Pi 3, 4 and 5
+(Cortex-A53, A72, A76), of AWS Graviton2 and 3 (Neoverse N1, V1), the middle cores of Tensor G1 and
+G3 (Cortex-A76, A715). Clocks are nominal; a core reads 2 GB/s of LPDDR2, 4 of LPDDR4, 10 to 16 of
+LPDDR4X, LPDDR5 and server memory. Nobody has timed any of them.
 """
 
 
@@ -192,7 +239,8 @@ def parse_target(name: str, recipes: Collection[str]) -> tuple[Target, str]:
     TargetError lists the nearest known names.
     """
     machine, _, recipe = name.rpartition("-")
-    if recipe in recipes and (machine in machine_names() or "+" in machine):
+    known_machine = machine in machine_names() or machine in CPUS or "+" in machine
+    if recipe in recipes and known_machine:
         return parse_machine(machine), recipe
     known = [f"{machine}-{recipe}" for machine in machine_names() for recipe in recipes]
     hint = nearest(name, known) or f"; known are {', '.join(known)}"
@@ -216,6 +264,8 @@ def parse_machine(name: str) -> Target:
     known = GPUS if device == "cuda" else ROCM if device == "rocm" else {}
     if len(set(several)) == len(several) and known.keys() >= set(several):
         return gpu_target(device, [each for each in known if each in several])
+    if name in ARMS or name in CPUS:
+        return ARMS.get(name) or CPUS[name]
     if name in machine_names():
         return CPUS[architecture]
     hint = nearest(name, machine_names()) or f"; known are {', '.join(machine_names())}"
@@ -225,4 +275,5 @@ def parse_machine(name: str) -> Target:
 def machine_names() -> list[str]:
     """List every machine that a target name may start with."""
     gpus = [*(f"cuda:{name}" for name in GPUS), *(f"rocm:{name}" for name in ROCM)]
-    return ["cpu", "cuda", "torch", *(f"cpu:{architecture}" for architecture in CPUS), *gpus]
+    cpus = [f"cpu:{architecture}" for architecture in CPUS]
+    return ["cpu", "cuda", "torch", *cpus, *ARMS, *gpus]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
@@ -85,10 +86,22 @@ class ArtifactWriter:
 
     def finish(self, manifest: Manifest) -> Path:
         """Write the manifest with its table of files, and move everything to its place."""
-        complete = replace(manifest, files=self._files)
-        (self._folder / MANIFEST).write_bytes(complete.to_json())
-        _put_in_place(self._folder, self.path)
+        self._place(replace(manifest, files=self._files).to_json())
         return self.path
+
+    def finish_described(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Finish a folder that is no artifact but has a manifest of its own kind: `content`, to
+        which the table of files is added. Return it."""
+        files = {name: asdict(entry) for name, entry in sorted(self._files.items())}
+        complete = {**content, "files": files}
+        raw = json.dumps(complete, indent=1, ensure_ascii=False, allow_nan=False)
+        self._place(raw.encode())
+        return complete
+
+    def _place(self, manifest: bytes) -> None:
+        """Write the manifest and move everything to its place."""
+        (self._folder / MANIFEST).write_bytes(manifest)
+        _put_in_place(self._folder, self.path)
 
 
 def copy_artifact(source: Path, manifest: Manifest, path: str | os.PathLike[str]) -> Path:

@@ -159,6 +159,11 @@ def load_torch_artifact(path: Path, *, verify: bool = False, temporary: bool = F
 
 
 def open_program(folder: Path, manifest: Manifest) -> TorchProgram:
+    """Read the graph and map its arrays."""
+    return TorchProgram(manifest, read_graph(folder, manifest))
+
+
+def read_graph(folder: Path, manifest: Manifest) -> Graph:
     """Read the graph and map its arrays; the manifest must be the graph's."""
     for name in (GRAPH, WEIGHTS):
         if name not in manifest.files:
@@ -167,7 +172,7 @@ def open_program(folder: Path, manifest: Manifest) -> TorchProgram:
     graph = graph_from_json(content, stored_tensors(folder / WEIGHTS))
     if manifest.values != values_of(graph, manifest.generate, manifest.context_length):
         raise ArtifactError(f"{folder}: the manifest does not describe the model of {GRAPH}")
-    return TorchProgram(manifest, graph)
+    return graph
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def manifest_of(lowered: Lowered[Kernel], facts: ArtifactFacts, has_tokenizer: b
     states = sum(value.kind == "state" for value in lowered.values)
     stayed = [{"op": op, "origin": origin} for op, origin in lowered.on_torch]
     return Manifest(
-        target=TargetFacts(facts.name, "x86_64", required_features(lowered.target)),
+        target=TargetFacts(facts.name, lowered.target.machine, required_features(lowered.target)),
         symbols=lowered.symbols,
         values=tuple(lowered.values),
         steps=tuple(lowered.steps),

@@ -27,12 +27,17 @@ Progress = Callable[[str, float], None]
 UNNEEDED_PASSES = ["s_tir.CompactBufferAllocation"]
 """Shrinks buffers to what a schedule leaves of them. The rules allocate what they need, and the
 pass took a fifth of the compile time."""
+PARTS = 4
+"""Modules that the kernels of a program are compiled in."""
 NATIVE = Path(qc.runtime.__file__).parent / "native"
 
 
 def llvm_target(target: Target) -> Any:
     """Return TVM's description of the machine."""
-    return tvm.target.Target({"kind": "llvm", "mcpu": target.llvm_cpu})
+    described: dict[str, Any] = {"kind": "llvm", "mcpu": target.llvm_cpu}
+    if target.machine != "x86_64":
+        described |= {"mtriple": target.llvm_triple, "mattr": list(target.llvm_features)}
+    return tvm.target.Target(described)
 
 
 def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
@@ -45,6 +50,32 @@ def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
         return tvm.compile(module, target=llvm_target(target)).mod
 
 
+def compile_objects(kernels: Mapping[str, Kernel], target: Target, folder: Path) -> list[Path]:
+    """Compile kernels to object files, on all CPUs: LLVM works at a module in one thread."""
+
+    def compile_part(number: int, names: list[str]) -> Path:
+        path = folder / f"kernels{number}.o"
+        part = {name: kernels[name] for name in names}
+        compile_kernels(part, target).write_to_file(str(path), "o")
+        return path
+
+    parts = equal_parts({name: len(k.function.script()) for name, k in kernels.items()})
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(compile_part, range(len(parts)), parts))
+
+
+def equal_parts(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Share names out, the largest first, so that the sums of sizes are about equal. The number of
+    parts does not depend on the machine: neither does the library."""
+    parts: list[list[str]] = [[] for _ in range(min(PARTS, len(sizes)))]
+    totals = [0] * len(parts)
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = totals.index(min(totals))
+        parts[least].append(name)
+        totals[least] += sizes[name]
+    return parts
+
+
 def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> None:
     """Write model.so: the kernels and the native runtime, which is compiled meanwhile.
 
@@ -52,15 +83,15 @@ def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> N
     """
     flags = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden"]
     with tempfile.TemporaryDirectory() as folder:
-        runtime, compiled = Path(folder) / "runtime.o", Path(folder) / "kernels.o"
+        runtime = Path(folder) / "runtime.o"
         source = ["-c", str(NATIVE / "qcrt.c"), "-o", str(runtime)]
         with running([*flags, *source]) as compiling:
-            compile_kernels(kernels, target).write_to_file(str(compiled), "o")
+            compiled = compile_objects(kernels, target, Path(folder))
             finish(compiling, "compile the runtime")
         objects: list[str | Path] = [
             "-shared",
             "-s",
-            compiled,
+            *compiled,
             runtime,
             "-o",
             path,

@@ -11,6 +11,7 @@ from qc.backends.linear_region import LinearRegion, match_linear
 from qc.backends.region import Region
 from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear.amx import TALL, AmxStream, amx_term
+from qc.backends.tvm.linear.arm_dot import arm_term
 from qc.backends.tvm.linear.bit_factors import bit_factors_term
 from qc.backends.tvm.linear.bit_serial import bit_serial_term
 from qc.backends.tvm.linear.coded import coded_term
@@ -45,6 +46,7 @@ from qc.ir.weights.weight import WeightFormat
 FAST_RULES: tuple[TermRule, ...] = (
     amx_term,
     int8_term,
+    arm_term,
     dense_term,
     float_stream_term,
     entries_term,

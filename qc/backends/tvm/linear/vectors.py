@@ -53,10 +53,10 @@ def prefetch(address: Any) -> None:
 def halves_to_float(bits: Any, lanes: int, target: Target) -> Any:
     """Convert float16 values, given as uint16 lanes, to float32.
 
-    Without F16C LLVM would call a library function for each lane; shifting the exponent into
-    place and scaling by 2^112 is exact for every finite value.
+    Without F16C (every ARM has the like) LLVM would call a library function for each lane; shifting
+    the exponent into place and scaling by 2^112 is exact for every finite value.
     """
-    if target.has("f16c"):
+    if target.has("f16c") or target.has("asimd"):
         return T.Cast(typed("float32", lanes), T.reinterpret(typed("float16", lanes), bits))
     wide = T.Bind(T.Cast(typed("int32", lanes), bits))
 

@@ -1,0 +1,1 @@
+"""Packages for devices: a library, its weights and a runner, without Python or a compiler there."""

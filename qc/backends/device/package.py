@@ -1,0 +1,141 @@
+"""From a planned graph to a package for a device."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qc.backends.artifact import ArtifactFacts, tokenizer_files
+from qc.backends.device.program import DeviceProgram
+from qc.backends.device.text_tables import text_tables
+from qc.backends.device.toolchain import (
+    ARCHIVE,
+    DEVICE,
+    HEADER,
+    LIBRARY,
+    RUNNER,
+    RUNTIME,
+    SOURCES,
+    Toolchain,
+    toolchain_for,
+)
+from qc.backends.device.weights_file import write_weights
+from qc.backends.lowering import Lowered
+from qc.backends.stored import tensor_sources
+from qc.backends.tvm.artifact import manifest_of
+from qc.backends.tvm.build import Progress, compile_kernels
+from qc.backends.tvm.kernel import Kernel
+from qc.backends.tvm.lower import lower
+from qc.backends.tvm.rules import CPU_RULES
+from qc.ir.graph import Graph
+from qc.ir.target import Target
+from qc.runtime.manifest import Manifest
+from qc.runtime.package import ArtifactWriter
+
+PACKAGE_FORMAT = 1
+WEIGHTS = "weights.qcw"
+ABI = 1  # QCM_ABI_VERSION of qc_model.h
+
+
+def write_device_package(
+    graph: Graph, target: Target, facts: ArtifactFacts, path: Path, progress: Progress
+) -> dict[str, Any]:
+    """Lower, compile and write; return the package's manifest.
+
+    Nothing is left at `path` where a step fails.
+    """
+    tools = toolchain_for(target.machine)
+    with ArtifactWriter(path) as writer:
+        lowered = lower(graph, target, CPU_RULES)
+        manifest = manifest_of(lowered, facts, False)
+        program = DeviceProgram(manifest)
+        text = text_of(facts)
+        progress("compile kernels", 0.0)
+        for name in (LIBRARY, ARCHIVE, RUNNER, HEADER.name, WEIGHTS):
+            writer.file(name)
+        folder = writer.file(LIBRARY).parent
+        compile_package(program, lowered, tools, folder)
+        order = [value.tensor or value.name for value in program.weights]
+        sources = dict(tensor_sources(lowered, progress))
+        write_weights(folder / WEIGHTS, program.identity, order, sources, text)
+        (folder / HEADER.name).write_bytes(HEADER.read_bytes())
+        for name in (LIBRARY, ARCHIVE, RUNNER, HEADER.name, WEIGHTS):
+            writer.keep(name)
+        described = describe(program, manifest, has_text=text is not None)
+        writer.add("README", readme(described).encode())
+        return writer.finish_described(described)
+
+
+def text_of(facts: ArtifactFacts) -> bytes | None:
+    """Return the tokenizer as tables for the device; None for a model without one."""
+    files = tokenizer_files(facts.tokenizer)
+    return text_tables(files["tokenizer.json"]) if files else None
+
+
+def compile_package(
+    program: DeviceProgram, lowered: Lowered[Kernel], tools: Toolchain, folder: Path
+) -> None:
+    """Compile kernels, program and runtime; write library, archive and runner to `folder`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        kernels, source = place / "kernels.o", place / "program.c"
+        compile_kernels(lowered.kernels, lowered.target).write_to_file(str(kernels), "o")
+        source.write_text(program.source(workspace=0))
+        objects = [kernels]
+        includes = (DEVICE, RUNTIME / "native")
+        for file in (source, *SOURCES, DEVICE / "runner.c"):
+            objects.append(place / f"{file.stem}.o")
+            tools.compile(file, objects[-1], includes, ())
+        *linked, runner = objects
+        tools.link_package(linked, runner, folder)
+
+
+def describe(program: DeviceProgram, manifest: Manifest, has_text: bool) -> dict[str, Any]:
+    """Say what is in a package."""
+    step, prefill = program.plans
+    generate = program.generate
+    return {
+        "qc_package": PACKAGE_FORMAT,
+        "abi": ABI,
+        "target": {
+            "name": manifest.target.name,
+            "arch": manifest.target.arch,
+            "features": list(manifest.target.features),
+        },
+        "identity": program.identity.hex(),
+        "vocabulary": program.vocabulary,
+        "context_length": program.context,
+        "chunk": min(generate.chunk, program.context),
+        "begin": generate.bos,
+        "end": list(generate.eos),
+        "tokenizer": has_text,
+        "memory": {
+            "step": step.bytes,
+            "prefill": prefill.bytes,
+            "state": program.state_bytes(program.context),
+            "state_of_1024_tokens": program.state_bytes(min(1024, program.context)),
+        },
+        "report": dict(manifest.report),
+    }
+
+
+def readme(described: Mapping[str, Any]) -> str:
+    """Say how to use a package."""
+    target, memory = described["target"], described["memory"]
+    needs = ", ".join(target["features"]) or "no special instruction set"
+    return f"""A language model for {target["name"]} ({target["arch"]}, Linux; {needs}).
+
+    {RUNNER}          static program:  ./{RUNNER} {WEIGHTS} "prompt"
+    {LIBRARY}     the same as a library; needs libc, libm and POSIX threads
+    {ARCHIVE}      to link into a program
+    {HEADER.name}      the interface, version {described["abi"]}
+    {WEIGHTS}     weights{" and tokenizer" if described["tokenizer"] else ""}, mapped into memory
+
+Working memory of a session of n tokens, besides the weights: {memory["prefill"] / 1e6:.1f} MB, and
+{memory["state"] / described["context_length"] / 1e3:.1f} kB for each of n, at most \
+{described["context_length"]}, touched as they are filled.
+
+    cc program.c {ARCHIVE} -lpthread -lm
+"""

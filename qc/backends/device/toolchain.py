@@ -1,0 +1,112 @@
+"""The C compilers and binary tools for each architecture, and what they make of the sources."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import qc.runtime
+from qc.backends.tvm.build import c_compiler, last_line
+from qc.errors import TargetError
+
+RUNTIME = Path(qc.runtime.__file__).parent
+DEVICE = RUNTIME / "device"
+SOURCES = (
+    RUNTIME / "native" / "qcrt.c",
+    *(DEVICE / f"{name}.c" for name in
+      ("model", "weights", "choosing", "text", "patterns", "merging", "processor")),
+)  # fmt: skip
+HEADER = DEVICE / "qc_model.h"
+
+LIBRARY, ARCHIVE, RUNNER = "libmodel.so", "libmodel.a", "runner"
+
+FLAGS = (
+    "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections",
+    "-fno-asynchronous-unwind-tables", "-Wall", "-Wextra",
+)  # fmt: skip
+CROSS = {"aarch64": "aarch64-linux-gnu-"}
+"""Prefixes of Debian's cross compilers."""
+PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu"}
+EXPORTED = "qcm_*"
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The tools for one architecture. TargetError where one is missing or fails."""
+
+    compiler: tuple[str, ...]
+    prefix: str
+
+    def run(self, command: Sequence[object], what: str) -> None:
+        """Run a tool."""
+        words = [str(word) for word in command]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise TargetError(f"{words[0]}: {error.strerror}") from None
+        if done.returncode:
+            raise TargetError(f"{words[0]} could not {what}: {last_line(done.stderr)}")
+
+    def compile(
+        self, source: Path, to: Path, includes: Sequence[Path], more: Sequence[str]
+    ) -> None:
+        """Compile one C file. Paths of this machine do not get into what is made."""
+        where = [f"-I{folder}" for folder in includes]
+        hidden = [f"-ffile-prefix-map={folder}/=" for folder in (source.parent, *includes)]
+        command = [*self.compiler, *FLAGS, *more, *hidden, *where, "-c", source, "-o", to]
+        self.run(command, f"compile {source.name}")
+
+    def link_package(self, objects: Sequence[Path], runner: Path, folder: Path) -> None:
+        """Make the library, the archive and the runner of compiled objects."""
+        script = objects[0].parent / "exported"
+        script.write_text(f"{{ global: {EXPORTED}; local: *; }};\n")
+        strip = ["-s", "-Wl,--build-id=none", "-Wl,--gc-sections"]
+        libraries = ["-lpthread", "-lm"]
+        shared = ["-shared", f"-Wl,-soname,{LIBRARY}", "-Wl,-z,defs", "-Wl,-z,noexecstack",
+                  f"-Wl,--version-script={script}"]  # fmt: skip
+        self.run(
+            [*self.compiler, *shared, *strip, *objects, "-o", folder / LIBRARY, *libraries],
+            f"link {LIBRARY}",
+        )
+        # One object whose other names are hidden: several models can be linked into a program
+        # whose own functions may be called as they like.
+        whole = script.with_name("model_whole.o")
+        self.run([*self.compiler, "-r", "-nostdlib", *objects, "-o", whole], f"link {ARCHIVE}")
+        keep = ["--wildcard", f"--keep-global-symbol={EXPORTED}", "--strip-unneeded"]
+        self.run([f"{self.prefix}objcopy", *keep, whole], f"hide names of {ARCHIVE}")
+        (folder / ARCHIVE).unlink(missing_ok=True)
+        self.run([f"{self.prefix}ar", "rcsD", folder / ARCHIVE, whole], f"write {ARCHIVE}")
+        self.run(
+            [
+                *self.compiler,
+                "-static",
+                *strip,
+                runner,
+                *objects,
+                "-o",
+                folder / RUNNER,
+                *libraries,
+            ],
+            f"link {RUNNER}",
+        )
+
+
+def toolchain_for(architecture: str) -> Toolchain:
+    """Return the tools for an architecture, as `uname -m` calls it. TargetError where none are
+    installed."""
+    here = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    if architecture == here:
+        return Toolchain(tuple(c_compiler()), "")
+    prefix = CROSS.get(architecture)
+    if prefix is None:
+        raise TargetError(f"this machine is {here}: nothing is known to build for {architecture}")
+    if shutil.which(f"{prefix}gcc") is None:
+        raise TargetError(
+            f"no {prefix}gcc is installed, which builds for {architecture} "
+            f"(Debian: {PACKAGES[architecture]})"
+        )
+    return Toolchain((f"{prefix}gcc",), prefix)
