@@ -65,6 +65,8 @@ class Report:
         """Add a row to a part."""
         self.content.setdefault(part, []).append(row)
         print(json.dumps({part: row}, ensure_ascii=False), flush=True)
+        if len(self.content[part]) % 25 == 0:
+            self.write()
 
     def write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

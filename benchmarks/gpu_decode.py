@@ -155,9 +155,9 @@ def time_decode(artifact: Artifact, batch: int) -> float:
     session.prefill(ids if batch > 1 else ids[0])
     taken = []
     for step in range(STEPS + 4):
-        token = [step] * batch if batch > 1 else step
+        token = [step] * batch
         start = time.perf_counter()
-        session.step(token)
+        session.advance(token)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[4:])
 

@@ -295,7 +295,8 @@ def int4_seconds(outer: int, inner: int, rows: int, group: int = 128) -> float |
             weights.append((packed, factors))
         x = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
         return time_torch(lambda w: torch._weight_int4pack_mm(x, w[0], group, w[1]), weights)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError) as error:
+        print(f"torch's int4 product of {outer} x {inner} fails: {error}", flush=True)
         return None
 
 

@@ -43,6 +43,7 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n,
+    "and.b32": lambda a, b: a & b,
     "lop3.b32": lop3,
     "fma.rn.f16x2": fused,
 }

@@ -71,6 +71,12 @@ def test_four_bits_times_bytes_take_fewer(architecture: int, rows: int, budget: 
     assert [each for each in found if "conversions" not in each] == []
 
 
+@pytest.mark.parametrize(("format", "budget"), [("e4m3·row", 4.5), ("e2m1·g32", 5.2)])
+def test_small_floats_are_unpacked_like_codes(format: str, budget: float) -> None:
+    launch = main_launch(Case(format, 4096, 4096), 1, 90)
+    assert objections(compile_launch(launch, 90), weights_of_a_step(launch), budget) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("architecture", [86, 89])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from qc.backends.triton.device.fragments import conversion, half_pair
+from qc.backends.triton.device.fragments import conversion, half_pair, small_floats
 from qc.backends.triton.interpret import halves, install, lop3, run_ptx
 
 
@@ -37,6 +38,27 @@ def test_a_conversion_gives_every_code_exactly(bits: int, unit: int, zero: int) 
             codes = (words >> np.uint32(16 * lane + bits * number)) & np.uint32((1 << bits) - 1)
             expected = unit * codes.astype(np.int64) - zero
             assert np.array_equal(halves(register)[:, lane].astype(np.int64), expected)
+
+
+@pytest.mark.parametrize(
+    ("bits", "place", "scale", "dtype"),
+    [(8, 7, 256.0, torch.float8_e4m3fn), (8, 8, 1.0, torch.float8_e5m2), (4, 9, 16384.0, None)],
+)
+def test_small_floats_become_float16_bit_for_bit(
+    bits: int, place: int, scale: float, dtype: torch.dtype | None
+) -> None:
+    words = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
+    found = run_ptx(small_floats(bits, bits - 1, place), [words], 16 // bits)
+    e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    for number, register in enumerate(found):
+        for lane in (0, 1):
+            codes = (words >> np.uint32(16 * lane + bits * number)) & np.uint32((1 << bits) - 1)
+            bytes = torch.from_numpy(codes.astype(np.uint8))
+            exact = e2m1[codes] if dtype is None else bytes.view(dtype).double().numpy()
+            number_of = np.isfinite(exact)
+            with np.errstate(invalid="ignore"):  # of codes that are no number
+                got = halves(register)[:, lane].astype(np.float64) * scale
+            assert np.array_equal(got[number_of], exact[number_of])
 
 
 def test_the_interpreter_is_not_taught_where_triton_compiles() -> None:

@@ -57,6 +57,42 @@ def conversion(bits, unit, zero):
 
 
 @triton.constexpr_function
+def small_floats(bits, magnitude, place):
+    """Return PTX that turns two words of small floats into 16 / bits pairs of float16: the lowest
+    `magnitude` bits of a code moved up to `place`, the bit above them as the sign."""
+    count = 16 // bits
+    mask = ((1 << magnitude) - 1) << place
+    lines = [".reg .b32 sign, moved;"]
+    for number in range(count):
+        first = number * bits
+        source = "moved"
+        if place > first:
+            lines.append(f"shl.b32 moved, ${count}, {place - first};")
+        elif place < first:
+            lines.append(f"shr.u32 moved, ${count}, {first - place};")
+        else:
+            source = f"${count}"
+        lines.append(f"shl.b32 sign, ${count}, {15 - first - magnitude};")
+        lines.append("and.b32 sign, sign, 0x80008000;")
+        lines.append(f"lop3.b32 ${number}, {source}, 0x{mask:04x}{mask:04x}, sign, 0xea;")
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.jit
+def unpack_halves(words, BITS: tl.constexpr, MAGNITUDE: tl.constexpr, PLACE: tl.constexpr):
+    """Return 16 / BITS tensors of the float16 whose bits small floats are."""
+    ASM: tl.constexpr = small_floats(BITS, MAGNITUDE, PLACE)
+    IN: tl.constexpr = registers(BITS)
+    if BITS == 8:
+        found = tl.inline_asm_elementwise(ASM, IN, [words], (tl.float16, tl.float16), True, 2)
+    else:
+        found = tl.inline_asm_elementwise(
+            ASM, IN, [words], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
+        )
+    return found
+
+
+@triton.constexpr_function
 def registers(bits):
     """Return the constraints of a conversion: its results, then its operand."""
     return ",".join(["=r"] * (16 // bits) + ["r"])

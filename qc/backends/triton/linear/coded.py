@@ -24,6 +24,7 @@ from qc.ir.weights.expression import (
     COL,
     ROW,
     Arith,
+    AsHalf,
     Code,
     Const,
     Expr,
@@ -54,8 +55,11 @@ class Stream:
     array: str
     lead: tuple[int, ...]
     bits: int
-    digit: int
-    offset: int
+    digit: int = 1
+    offset: int = 0
+    half: tuple[int, int] | None = None
+    """Of codes that are small floats: a code's lowest bits, so many, moved up by so much, and its
+    highest bit as the sign, are the float16 that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,11 @@ class Coded(Term):
             zero = -stream.offset if number == 0 else 0
             words = self.words(emission, loop, stream, bits, place, run // columns * columns)
             key = f"{words} as {bits}, {stream.digit << place}, {zero}"
-            if key not in loop.known:
+            if key not in loop.known and stream.half is not None:
+                bits_and_place = ", ".join(map(str, stream.half))
+                call = f"fragments.unpack_halves({words}, {bits}, {bits_and_place})"
+                loop.known[key] = emission.bind(call)
+            elif key not in loop.known:
                 call = f"fragments.unpack({words}, {bits}, {stream.digit << place}, {zero})"
                 loop.known[key] = emission.bind(call)
             codes, at = loop.known[key], run % columns // RUN
@@ -271,11 +279,13 @@ def coded_part(part: FormPart) -> CodedPart | None:
 
 
 def stream_of(value: Expr, column: int) -> Stream | None:
-    """View the value of a column of a step as digit * code + offset."""
+    """View the value of a column of a step as digit * code + offset, or as a small float."""
     digit, offset = 1, 0
     match value:
         case ToFloat(inner):
             value = inner
+        case AsHalf(inner):
+            return half_stream(inner, column)
         case _:
             return None
     match value:
@@ -286,16 +296,39 @@ def stream_of(value: Expr, column: int) -> Stream | None:
     match value:
         case Arith("mul", inner, Const(int(number))):
             value, digit = inner, number
-    if not isinstance(value, Code) or not 1 <= value.width <= 8:
+    lead = lead_of(value, column)
+    if lead is None or not isinstance(value, Code):
         return None
-    lead = value.index[:-1]
-    if value.index[-1] != ROW or not all(isinstance(each, Const) for each in lead):
+    return Stream(value.array, lead, value.width, digit, offset)
+
+
+def lead_of(code: Expr, column: int) -> tuple[int, ...] | None:
+    """Return the places on the leading axes of a code's array; None where it is not the code of
+    its own column and row."""
+    if not isinstance(code, Code) or not 1 <= code.width <= 8:
         return None
-    at = simplify(value.position - (STEP * RUN + column) * value.width, {})
-    if at != Const(0):
+    lead = code.index[:-1]
+    if code.index[-1] != ROW or not all(isinstance(each, Const) for each in lead):
         return None
-    places = tuple(int(each.value) for each in lead if isinstance(each, Const))
-    return Stream(value.array, places, value.width, digit, offset)
+    if simplify(code.position - (STEP * RUN + column) * code.width, {}) != Const(0):
+        return None
+    return tuple(int(each.value) for each in lead if isinstance(each, Const))
+
+
+def half_stream(bits: Expr, column: int) -> Stream | None:
+    """View the bits of a float16 as those of a code of 4 or 8 bits:
+    (code & mask) << place | (code >> sign) << 15."""
+    match bits:
+        case Arith(
+            "or",
+            Arith("shl", Arith("and", Code() as code, Const(int(mask))), Const(int(place))),
+            Arith("shl", Arith("shr", Code() as again, Const(int(sign))), Const(15)),
+        ) if code == again and code.width in (4, 8):
+            lead = lead_of(code, column)
+            if lead is None or sign != code.width - 1 or mask != (1 << sign) - 1:
+                return None
+            return Stream(code.array, lead, code.width, half=(sign, place))
+    return None
 
 
 def over_groups(part: CodedPart, runs: int, place: Place) -> CodedPart | None:
@@ -315,7 +348,7 @@ def with_zero_points(parts: Sequence[CodedPart]) -> list[CodedPart]:
     """Fold constant zero points into the codes:  s q + (-8 s) 1  -->  s (q - 8)."""
     kept = list(parts)
     for part in parts:
-        if part.stream is None or part.stream.offset:
+        if part.stream is None or part.stream.offset or part.stream.half is not None:
             continue
         for other in kept:
             number = multiple_of(other, part)

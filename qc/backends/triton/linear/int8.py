@@ -147,7 +147,7 @@ def int8_term(place: Place, source: Source) -> Int8Coded | None:
     if row_group < min(LEAST_GROUP, source.channels) or row_group % found.group:
         return None
     streams = [part.stream for part in found.parts if part.stream is not None]
-    if any(s.bits not in (4, 8) or s.digit != 1 for s in streams):
+    if any(s.bits not in (4, 8) or s.digit != 1 or s.half is not None for s in streams):
         return None
     parts = around_middle(found.parts)
     return Int8Coded(place, parts, found.group, replace(source, kind="codes"))

@@ -31,12 +31,14 @@ LARGEST_TILE = 64
 LEAST_COPIED = 512
 """Bytes of x that 128 threads copy at once, at least: asynchronous copies take 4 a thread."""
 MOST_PARTS = 8
-PROGRAMS = 2
-"""Programs that every multiprocessor should have."""
+PROGRAMS = 3
+"""Programs that every multiprocessor should have, measured on an H200 for up to 64 rows."""
+FEW_ROWS = 16
+"""Rows up to which what parts leave is little beside the weights."""
 LONG_LOOP = 16
 """Steps of a loop that takes longer than a second launch, which adds up what parts leave."""
-LEAST_STEPS = 4
-"""Steps of the loop that a part has at least: fewer do not fill the pipeline."""
+LEAST_STEPS, LEAST_STEPS_OF_MANY = 2, 8
+"""Steps of the loop that a part has at least, for few rows and for many."""
 
 
 Loops = list[tuple[Source, list[tuple[str, Term]]]]
@@ -74,6 +76,8 @@ class LinearLaunches:
     linear: LinearRegion
     bucket: int | None
     repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
+    crowded: bool = False
+    """Programs for entries of several rows fill the GPU beside the loop."""
 
     @property
     def rows(self) -> Dim:
@@ -82,6 +86,8 @@ class LinearLaunches:
     def variant(self) -> Variant:
         """Return all launches, in order."""
         stages = self.stages()
+        works = [step.work for step in stages.steps]
+        self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
         ready = stages.level_of(loops[0][0]) if loops else 0
         last = max([ready, *(stages.level(step) + 1 for step in stages.steps)]) - 1
@@ -323,13 +329,15 @@ class LinearLaunches:
             return 1
         source, looped = loops[0]
         gpu = getattr(self.linear.region.target, "gpu", None)
-        wanted = PROGRAMS * (gpu.multiprocessors if gpu else 108)
+        multiprocessors = gpu.multiprocessors if gpu else 108
         width = step_width(source, [term for _, term in looped], tiling.width)
         steps = -(-source.channels // width)
-        if steps < LONG_LOOP:
-            return 1
         programs = -(-self.linear.outer // tiling.outputs)
-        parts = max(1, min(MOST_PARTS, -(-wanted // programs), steps // LEAST_STEPS))
+        many = self.bucket > FEW_ROWS or self.crowded
+        if steps < LONG_LOOP or (many and programs >= multiprocessors):
+            return 1
+        least = LEAST_STEPS_OF_MANY if many else LEAST_STEPS
+        parts = max(1, min(MOST_PARTS, -(-PROGRAMS * multiprocessors // programs), steps // least))
         return -(-steps // -(-steps // parts))  # without those that would have nothing to do
 
 

@@ -34,6 +34,9 @@ def term_of(text: str) -> Coded:
         ("signs2·g128", 128, [-1, -1]),
         ("planes2·g64", 64, [0, 0, None]),
         ("ternary2bit·g128", 128, [-1]),
+        ("e4m3·tensor", 128, [0]),
+        ("e2m1·g32", 32, [0]),
+        ("e5m2·g64", 64, [0]),
         ("int4·g32·min·scale(uint6·g8)·minimum(uint6·g8)", 32, [0, None]),
     ],
 )
@@ -43,7 +46,7 @@ def test_codes_and_factors_are_found(text: str, group: int, offsets: list[int | 
     assert [part.stream and part.stream.offset for part in found.parts] == offsets
 
 
-@pytest.mark.parametrize("text", ["int4·g16", "int4·o32·min", "lookup4·g128", "e4m3·tensor",
+@pytest.mark.parametrize("text", ["int4·g16", "int4·o32·min", "lookup4·g128", "e3m2·row",
                                   "dense f16", "ternary·row"])  # fmt: skip
 def test_what_varies_within_a_run_is_decoded(text: str) -> None:
     assert coded_term(place(text)) is None
