@@ -99,8 +99,8 @@ def test_examples_run(how: str, place: Path, artifact: Artifact, tmp_path: Path)
         program = tmp_path / "program"
         source = ROOT / "examples" / "device.c"
         subprocess.run(
-            [*c_compiler(), f"-I{place}", str(source), str(place / "libmodel.a"), "-Wall", "-Werror",
-             "-lpthread", "-lm", "-o", str(program)],
+            [*c_compiler(), "-Wall", "-Werror", f"-I{place}", str(source),
+             str(place / "libmodel.a"), "-lpthread", "-lm", "-o", str(program)],
             check=True,
         )  # fmt: skip
         command = [str(program), str(place / "weights.qcw"), PROMPT]
