@@ -12,13 +12,14 @@ MULTIPLYING := tests/backends/tvm/linear tests/backends/tvm/test_lower.py tests/
   tests/test_no_dead_checkpoints.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo test test-slow test-gpu bench lint format environment model clean
+.PHONY: help demo test test-slow test-claims test-gpu bench lint format environment model clean
 
 help:
 	@echo 'make demo       compile a real model to int4 CPU code, run it, compare with the original'
 	@echo 'make test       linters, types, import contracts, quick tests'
-	@echo 'make test-slow  the tests marked slow: the real model, the claims of the recipes;'
+	@echo 'make test-slow  the tests marked slow: the real model;'
 	@echo '                then those that multiply by weights, without the fast kernel rules'
+	@echo 'make test-claims  what the papers claim, measured anew: minutes on a GPU, hours without'
 	@echo 'make test-gpu   what needs an NVIDIA GPU: compiled here, run on it'
 	@echo 'make bench      speed and accuracy beside peers'
 	@echo 'make lint       linters, types, import contracts'
@@ -35,8 +36,11 @@ test-gpu: $(ENVIRONMENT)
 	$(BIN)/python -m pytest tests/gpu
 
 test-slow: $(ENVIRONMENT) model
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m 'slow and not claims'
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --without-fast-rules $(MULTIPLYING)
+
+test-claims: $(ENVIRONMENT) model
+	$(BIN)/python -m pytest -m claims tests/recipes
 
 bench: $(ENVIRONMENT) model
 	$(BIN)/python -m benchmarks $(MODEL) $(EVALUATION)

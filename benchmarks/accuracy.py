@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qc.compiler import trace
 from qc.ir import ops
+from qc.ir.device import CPU
 from qc.ir.graph import Graph
 from qc.ir.node import Node
 from qc.passes.calibration import Calibration
@@ -41,9 +42,19 @@ from real_model import BUILD, CALIBRATION, EVALUATION
 WINDOW, WINDOWS = 512, 64
 
 
-def perplexity_of(graph: Graph, windows: Sequence[Tensor]) -> float:
+def perplexity_of(
+    graph: Graph, windows: Sequence[Tensor], device: torch.device = CPU
+) -> float:  # fmt: skip
     """Return exp(mean loss) over windows i64[tokens]; every weight is decoded once."""
-    walk = Walk(graph, [inputs_of(graph, window.unsqueeze(0)) for window in windows])
+    total = math.fsum(losses_of(graph, windows, device))
+    return math.exp(total / sum(len(window) - 1 for window in windows))
+
+
+def losses_of(
+    graph: Graph, windows: Sequence[Tensor], device: torch.device = CPU
+) -> list[float]:  # fmt: skip
+    """Return the sum of the losses of every window."""
+    walk = Walk(graph, [inputs_of(graph, window.unsqueeze(0)) for window in windows], device)
     logits = graph.output("logits")
     linears = [n for n in graph.nodes if isinstance(n.op, ops.Linear)]
     groups = linear_groups(graph, linears)
@@ -51,14 +62,14 @@ def perplexity_of(graph: Graph, windows: Sequence[Tensor]) -> float:
     steps = plan_steps([*([g.x] for g in groups if g.x in needed), [logits]])
 
     def losses(number: int, node: Node, value: Tensor) -> list[float]:
-        each = F.cross_entropy(value[0, :-1].float(), windows[number][1:], reduction="none")
+        expected = windows[number][1:].to(value.device)
+        each = F.cross_entropy(value[0, :-1].float(), expected, reduction="none")
         return [float(each.sum(dtype=torch.float64))]
 
     with torch.no_grad():
         for step in steps[:-1]:
             walk.advance(step)
-        total = sum(sum(found) for found in walk.each_batch(steps[-1], losses))
-    return math.exp(total / sum(len(window) - 1 for window in windows))
+        return [sum(found) for found in walk.each_batch(steps[-1], losses)]
 
 
 def evaluation_windows(model: CanonicalModel, text: Path, count: int) -> list[Tensor]:
@@ -70,17 +81,23 @@ def evaluation_windows(model: CanonicalModel, text: Path, count: int) -> list[Te
 
 
 def stored_bits(graph: Graph) -> dict[str, float]:
-    """Return bits a weight of the linears of the blocks, and of the head."""
-    totals = {"blocks": [0, 0], "head": [0, 0]}
+    """Return bits a weight of the linears of the blocks, and of the head; a branch beside a linear
+    adds bits, but no weights."""
+    bits = {"blocks": 0, "head": 0}
+    weights: dict[str, dict[str, int]] = {"blocks": {}, "head": {}}
     seen: set[Node] = set()
     for node in graph.nodes:
         if isinstance(node.op, ops.Linear) and node.inputs[1] not in seen:
             seen.add(node.inputs[1])
             weight = node.inputs[1].op.weight  # type: ignore[attr-defined]
-            place = totals["head" if node in graph.outputs else "blocks"]
-            place[0] += weight.bits
-            place[1] += weight.elements
-    return {name: round(bits / count, 4) for name, (bits, count) in totals.items() if count}
+            place = "head" if node in graph.outputs else "blocks"
+            bits[place] += weight.bits
+            weights[place][weight.name.removesuffix(".branch")] = weight.elements
+    return {
+        place: round(bits[place] / sum(known.values()), 4)
+        for place, known in weights.items()
+        if known
+    }
 
 
 def measure(
@@ -95,7 +112,8 @@ def measure(
     quantized = model.quantize(recipe, calibration=calibration)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    perplexity = perplexity_of(quantized.graph, evaluation_windows(model, text, windows))
+    found = evaluation_windows(model, text, windows)
+    perplexity = perplexity_of(quantized.graph, found, calibration.place)
     errors = [each.error for each in quantized.coverage.values() if each.error is not None]
     return {
         "perplexity": round(perplexity, 4),
@@ -132,6 +150,7 @@ def main() -> None:
     parser.add_argument("--num-calibration-samples", type=int, default=128)
     parser.add_argument("--max-seq-length", type=int, default=WINDOW)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--text", default=str(EVALUATION))
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--results", default=str(BUILD / "accuracy"))
@@ -139,7 +158,7 @@ def main() -> None:
     passes = resolve_recipe(options.recipe, options.weights, options.bits, options.group_size)
     data: Any = options.calibration if options.calibration == "self" else Path(options.calibration)
     calibration = Calibration(
-        data, options.num_calibration_samples, options.max_seq_length, options.seed
+        data, options.num_calibration_samples, options.max_seq_length, options.seed, options.device
     )
     facts = {
         "model": str(options.model),
@@ -147,6 +166,7 @@ def main() -> None:
         "configuration": repr(passes),
         "calibration": [str(data), *(calibration.num_calibration_samples,
                         calibration.max_seq_length, calibration.seed)],
+        "device": calibration.place.type,
         "text": options.text,
         "windows": options.windows,
     }  # fmt: skip

@@ -1,33 +1,27 @@
-"""Speed of the GPU's linear kernels against torch's float16 matrix product, with a check of each.
+"""Time the linears of a GPU artifact: every weight has more copies than a cache holds, one CUDA
+graph goes through all of them, and the median over its replays counts.
 
-    python benchmarks/gpu_linear.py                   on a machine with a GPU and Triton
-    python benchmarks/gpu_linear.py --write FOLDER    compile only, for --architecture
-    python benchmarks/gpu_linear.py --read FOLDER     run what was compiled elsewhere
-
-Every weight has as many copies as no cache holds; one CUDA graph goes through all of them, one
-after the other, and its median over replays counts. Bandwidth is of the stored weights, against
-that of a large copy.
+Stored values are random: what a kernel takes does not depend on them. Whether it is right, the GPU
+part of the test suite says; `check` does so here for one shape of each format.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import pickle
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qc.backends.region import region_of
-from qc.backends.triton.jit import Loaded
-from qc.backends.triton.kernel import Call, Cubin, Launch
+from qc.backends.triton.compile import compile_launch
+from qc.backends.triton.jit import Loaded, record
+from qc.backends.triton.kernel import Argument, Call, Launch
 from qc.backends.triton.linear.rule import linear_rule
 from qc.ir import ops
 from qc.ir.fused import fuse
@@ -37,16 +31,15 @@ from qc.ir.target import parse_machine
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.dense import dense_weight
 from qc.ir.weights.notation import parse_weights
-from qc.ir.weights.weight import Weight
-from qc.runtime.cuda.driver import Driver, find_driver
+from qc.ir.weights.weight import Term, TermFormat, Weight
+from qc.runtime.cuda.driver import Driver
 
 ROWS = symbol("rows")
-SHAPES = ((4096, 4096), (14336, 4096))
-FORMATS = ("int4·g128", "int4·g128 + rank32 + sparse1%")
-COUNTS = (1, 16, 64)
-CACHED = 400 << 20
-"""Bytes that all copies of a weight have at least: several times what a GPU's cache holds."""
+CACHED = 256 << 20
+"""Bytes that all copies of a weight have at least: four times what an H200 caches."""
+MOST_COPIES = 64
 REPLAYS = 20
+WARM = 3
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,14 @@ class Problem:
     epilogue: bool = False
     int8: bool = False
 
+    @property
+    def label(self) -> str:
+        """Name what is stored and multiplied."""
+        behind = ", bias SiLU residual" if self.epilogue else ""
+        return f"{self.format}{', int8 inputs' if self.int8 else ''}{behind}"
+
     def node(self, weight: Weight) -> Node:
+        """Return the linear as a fused node."""
         format = ActivationFormat(8) if self.int8 else None
         x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, format)))
         w = make(ops.Parameter(weight))
@@ -74,133 +74,154 @@ class Problem:
         root = make(ops.Binary("add"), residual, active)
         return fuse("linear", root, frozenset({product, active, root}))
 
-    def weight(self, values: bool) -> Weight:
-        """Return random stored values, or the plan of a weight without."""
-        shape, format = (self.outer, self.inner), parse_weights(self.format)
-        if not values:
-            return format.planned("w", shape, torch.float32)
-        terms = tuple(
-            term.nearest(torch.randn(shape))
-            if "rank" not in str(term)
-            else random_low_rank(term, shape)
-            for term in format.terms
-        )
-        return Weight("w", shape, terms)
+    def planned(self) -> Weight:
+        """Return a weight without values."""
+        return parse_weights(self.format).planned("w", (self.outer, self.inner), torch.float32)
+
+    def weight(self, device: str) -> Weight:
+        """Return a weight of random stored values."""
+        shape, formats = (self.outer, self.inner), parse_weights(self.format).terms
+        with torch.device(device):  # where checks of what is stored make their tables, too
+            return Weight("w", shape, tuple(random_term(each, shape, device) for each in formats))
+
+    def call(self, node: Node, architecture: int) -> Call:
+        """Ask the rule how the linear runs."""
+        call = linear_rule(region_of(node, parse_machine(f"cuda:sm_{architecture}")))
+        assert call is not None
+        return call
 
 
-def random_low_rank(format: Any, shape: tuple[int, int]) -> Any:
-    """Return random factors: the decomposition of a large matrix takes minutes."""
-    stored = {
-        name: (torch.randn(spec.shape) / 8).to(spec.dtype)
-        for name, spec in format.arrays(shape).items()
+def random_term(format: TermFormat, shape: tuple[int, int], device: str) -> Term:
+    """Return random stored values: codes of any bits, small factors, entries anywhere."""
+    arrays = {}
+    for name, spec in format.arrays(shape).items():
+        if spec.dtype.is_floating_point:
+            arrays[name] = (torch.randn(spec.shape, device=device) / 8).to(spec.dtype)
+        elif name not in ("starts", "columns"):
+            limits = torch.iinfo(spec.dtype)
+            arrays[name] = torch.randint(
+                limits.min, limits.max + 1, spec.shape, dtype=spec.dtype, device=device
+            )
+    if "starts" in format.arrays(shape):
+        arrays |= random_entries(format, shape, device)
+    try:
+        return format.term(shape, arrays)
+    except ValueError:  # bits that are no number: those with the most significant ones cleared are
+        return format.term(shape, arrays | {"codes": arrays["codes"] & 0x77})
+
+
+def random_entries(
+    format: TermFormat, shape: tuple[int, int], device: str
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return the columns of randomly chosen entries, and where rows start."""
+    specs = format.arrays(shape)
+    (count,) = specs["columns"].shape
+    chosen = torch.randperm(shape[0] * shape[1], device=device)[:count].sort().values
+    rows = torch.bincount(chosen // shape[1], minlength=shape[0])
+    starts = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
+    return {
+        "starts": starts.to(specs["starts"].dtype),
+        "columns": (chosen % shape[1]).to(specs["columns"].dtype),
     }
-    return format.term(shape, stored)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one problem took: microseconds, and how wrong it was."""
+class Timing:
+    """What a linear took, in seconds; `bytes` are those of its stored weight."""
 
     problem: Problem
     rows: int
-    microseconds: float
-    torch_microseconds: float
-    stored_bytes: int
-    gigabytes_per_second: float
-    error: float
+    seconds: float
+    bytes: int
 
 
-def problems() -> list[Problem]:
-    """List what is measured."""
-    found = []
-    for shape in SHAPES:
-        found += [Problem(format, *shape, epilogue="rank" in format) for format in FORMATS]
-        found.append(Problem("int4·g128", *shape, int8=True))
-    return found
+@dataclass
+class Bench:
+    """A problem on the GPU. Calls for different numbers of rows share copies of the weights."""
 
+    problem: Problem
+    driver: Driver
+    overlapping: bool = True
 
-def key_of(launch: Launch, architecture: int) -> str:
-    """Name a launch by its content."""
-    options = [launch.constants, launch.num_warps, launch.num_stages, architecture]
-    text = json.dumps([launch.source, launch.function, options])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    @cached_property
+    def weight(self) -> Weight:
+        return self.problem.weight("cuda")
 
+    @cached_property
+    def node(self) -> Node:
+        return self.problem.node(self.weight)
 
-def call_of(problem: Problem, architecture: int, weight: Weight) -> tuple[Node, Call]:
-    """Ask the rule how a problem runs."""
-    node = problem.node(weight)
-    call = linear_rule(region_of(node, parse_machine(f"cuda:sm_{architecture}")))
-    assert call is not None
-    return node, call
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of the weight."""
+        return sum(term.bits for term in self.weight.terms) // 8
 
+    @property
+    def copies(self) -> int:
+        return min(MOST_COPIES, max(2, -(-CACHED // self.bytes)))
 
-def write(folder: Path, architecture: int) -> None:
-    """Compile all launches into a folder."""
-    from qc.backends.triton.compile import compile_launch
+    @cached_property
+    def kept(self) -> dict[Argument, list[Tensor]]:
+        """Every array of the weight, as often as there are copies."""
+        return {}
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for problem in problems():
-        _, call = call_of(problem, architecture, problem.weight(values=False))
-        for rows in COUNTS:
-            for launch in call.variant(rows).launches:
-                cubin = compile_launch(launch, architecture)
-                (folder / key_of(launch, architecture)).write_bytes(pickle.dumps(cubin))
-                print(problem, rows, launch.function, cubin.registers, flush=True)
+    def call(self) -> Call:
+        return self.problem.call(self.node, self.driver.capability)
 
-
-def reader(folder: Path | None, architecture: int) -> Callable[[Launch], Cubin]:
-    """Return what gives the compiled kernel of a launch."""
-
-    def cubin_of(launch: Launch) -> Cubin:
-        if folder is None:
-            from qc.backends.triton.compile import compile_launch
-
-            return compile_launch(launch, architecture)
-        found: Cubin = pickle.loads((folder / key_of(launch, architecture)).read_bytes())
-        return found
-
-    return cubin_of
-
-
-def measure(
-    problem: Problem, driver: Driver, cubin_of: Callable[[Launch], Cubin]
-) -> list[Measured]:
-    """Check and time one problem for all numbers of rows."""
-    torch.manual_seed(0)
-    weight = problem.weight(values=True)
-    node, call = call_of(problem, driver.capability, weight)
-    size = sum(term.bits for term in weight.terms) // 8
-    copies = max(2, -(-CACHED // size))
-    dense = weight.dense()
-    exact = dense.cuda().double()
-    plain = [
-        dense.half().cuda()
-        for _ in range(max(2, -(-CACHED // (2 * problem.outer * problem.inner))))
-    ]
-    found = []
-    for rows in COUNTS:
-        values = operands(problem, node, rows)
-        results = torch.full((rows, problem.outer), float("nan"), dtype=torch.float16).cuda()
-        first = Loaded(call, values, {"rows": rows}, results, driver, cubin_of)
-        calls = [first, *(first.copied() for _ in range(copies - 1))]
-        torch.cuda.synchronize()
-        first.run()
-        driver.synchronize()
-        error = relative(results, expected(problem, values, exact))
-        seconds = time_driver(driver, calls) / copies
-        x = float_rows(values[0]).half()
-        reference = time_torch(lambda w, x=x: torch.nn.functional.linear(x, w), plain) / len(plain)
-        found.append(
-            Measured(
-                problem, rows, seconds * 1e6, reference * 1e6, size, size / seconds / 1e9, error
+    def calls(self, rows: int, call: Call | None = None) -> tuple[list[Loaded], list[Any], Tensor]:
+        """Return the call on each copy of the weight, its operands and its result."""
+        call = call or self.call()
+        values = operands(self.node, rows)
+        result = torch.full((rows, self.problem.outer), float("nan"), device="cuda").half()
+        cubin_of = lambda launch: compile_launch(launch, self.driver.capability)  # noqa: E731
+        with torch.device("cuda"):  # where the tables that repacking makes lie, too
+            first = Loaded(call, values, {"rows": rows}, result, self.driver, cubin_of)
+        found = [first]
+        for argument, array in first.arrays.items():
+            if first.is_weight(argument) and argument not in self.kept:
+                clones = [array.clone() for _ in range(self.copies - 1)]
+                self.kept[argument] = [array, *clones]
+        for number in range(1, self.copies):
+            mine = {each: arrays[number] for each, arrays in self.kept.items()}
+            found.append(
+                first.copied({each: mine.get(each, a) for each, a in first.arrays.items()})
             )
-        )
-        print(json.dumps({**asdict(found[-1])}, ensure_ascii=False), flush=True)
-    return found
+        torch.cuda.synchronize()
+        return found, values, result
+
+    def time(self, rows: int, call: Call | None = None) -> Timing:
+        """Time one number of rows."""
+        calls, _, _ = self.calls(rows, call)
+        graph = record(self.driver, calls, self.overlapping)
+        seconds = time_graph(self.driver, graph) / len(calls)
+        return Timing(self.problem, rows, seconds, self.bytes)
+
+    def check(self, rows: int, call: Call | None = None) -> float:
+        """Return the relative error of a call in a graph with others, against float64."""
+        calls, values, result = self.calls(rows, call)
+        self.driver.launch_graph(record(self.driver, calls[-1:] * 3, self.overlapping))
+        self.driver.synchronize()
+        exact = self.expected(values)
+        error = float((result.double() - exact).norm() / exact.norm())
+        return error if error == error else float("inf")
+
+    def expected(self, values: Sequence[Any]) -> Tensor:
+        """Return the result in float64."""
+        with torch.device("cuda"):
+            dense = sum(term.dense().double() for term in self.weight.terms)
+        x = values[0]
+        rows = (x.dequantize() if isinstance(x, QuantizedTensor) else x).cuda().double()
+        product: Tensor = rows @ dense.T
+        if not self.problem.epilogue:
+            return product
+        (bias,) = (v for v in values if isinstance(v, Weight) and len(v.shape) == 1)
+        (residual,) = (v for v in values[1:] if isinstance(v, Tensor))
+        active = torch.nn.functional.silu(product + bias.dense().cuda().double())
+        return residual.cuda().double() + active
 
 
-def operands(problem: Problem, node: Node, rows: int) -> list[Any]:
-    """Return the values of the fused node's operands."""
+def operands(node: Node, rows: int) -> list[Any]:
+    """Return random values of the fused node's operands."""
     found: list[Any] = []
     for operand in node.inputs:
         if isinstance(operand.op, ops.Parameter):
@@ -211,51 +232,23 @@ def operands(problem: Problem, node: Node, rows: int) -> list[Any]:
     return found
 
 
-def float_rows(value: Any) -> Tensor:
-    """Return rows on the GPU, quantized ones widened."""
-    rows: Tensor = value.dequantize() if isinstance(value, QuantizedTensor) else value
-    return rows.cuda()
-
-
-def expected(problem: Problem, values: Sequence[Any], exact: Tensor) -> Tensor:
-    """Return the result in float64, on the GPU."""
-    product = float_rows(values[0]).double() @ exact.T
-    if not problem.epilogue:
-        return product
-    vectors = [v for v in values if isinstance(v, Weight) and len(v.shape) == 1]
-    (residual,) = [v for v in values[1:] if isinstance(v, Tensor)]
-    active = torch.nn.functional.silu(product + vectors[0].dense().cuda().double())
-    return residual.cuda().double() + active
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Return the relative Frobenius error; infinity for NaN."""
-    error = float((found.double() - expected).norm() / expected.norm())
-    return error if error == error else float("inf")
-
-
-def time_driver(driver: Driver, calls: Sequence[Loaded]) -> float:
-    """Return the median seconds of a graph of all calls."""
-    driver.begin_capture()
-    last: list[int] = []
-    for each in calls:
-        last = each.record(last)
-    driver.wait_for(last)
-    graph = driver.end_capture()
+def time_graph(driver: Driver, graph: Any) -> float:
+    """Return the median seconds of a graph."""
     start, stop = driver.event(), driver.event()
     taken = []
-    for number in range(REPLAYS + 3):
+    for number in range(REPLAYS + WARM):
         driver.record(start)
         driver.launch_graph(graph)
         driver.record(stop)
         driver.synchronize()
-        if number >= 3:
+        if number >= WARM:
             taken.append(driver.seconds_between(start, stop))
+    driver.refused("cuGraphExecDestroy", graph)
     return statistics.median(taken)
 
 
-def time_torch(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
-    """Return the median seconds of a graph of one call a weight."""
+def time_torch(call: Callable[[Any], Any], weights: Sequence[Any]) -> float:
+    """Return the median seconds that torch takes for one weight, in a CUDA graph of all."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for weight in weights[:2]:
@@ -266,42 +259,78 @@ def time_torch(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> f
         for weight in weights:
             call(weight)
     taken = []
-    for number in range(REPLAYS + 3):
+    for number in range(REPLAYS + WARM):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         torch.cuda.synchronize()
-        if number >= 3:
+        if number >= WARM:
             taken.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(taken)
+    return statistics.median(taken) / len(weights)
+
+
+def dense_seconds(outer: int, inner: int, rows: int, dtype: torch.dtype) -> float:
+    """Return the seconds of torch's product with a dense weight."""
+    copies = min(MOST_COPIES, max(2, -(-CACHED // (2 * outer * inner))))
+    weights = [torch.randn(outer, inner, device="cuda", dtype=dtype) for _ in range(copies)]
+    x = torch.randn(rows, inner, device="cuda", dtype=dtype)
+    return time_torch(lambda w: torch.nn.functional.linear(x, w), weights)
+
+
+def int4_seconds(outer: int, inner: int, rows: int, group: int = 128) -> float | None:
+    """Return the seconds of torch's own int4 product, bfloat16 times int4 with scales and zeros;
+    None where this torch lacks it."""
+    if not hasattr(torch, "_weight_int4pack_mm"):
+        return None
+    copies = min(MOST_COPIES, max(2, -(-CACHED // (outer * inner // 2))))
+    try:
+        weights = []
+        for _ in range(copies):
+            bytes = torch.randint(
+                0, 256, (outer, inner // 2), dtype=torch.uint8, device="cuda"
+            )  # fmt: skip
+            packed = torch._convert_weight_to_int4pack(bytes, 8)
+            factors = torch.randn(inner // group, outer, 2, device="cuda").bfloat16()
+            weights.append((packed, factors))
+        x = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
+        return time_torch(lambda w: torch._weight_int4pack_mm(x, w[0], group, w[1]), weights)
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def copy_bandwidth() -> float:
-    """Return bytes read and written per second by a large copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    """Return bytes read and written per second by a large copy, the faster of two ways."""
+    source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / time_torch(lambda s: target.copy_(s), [source])
+    ways = (lambda s: target.copy_(s)), (lambda s: torch.add(s, 1.0, out=target))
+    return 2 * source.nbytes / min(time_torch(way, [source]) for way in ways)
 
 
-def main() -> None:
-    """Measure everything."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--read", type=Path)
-    parser.add_argument("--architecture", type=int, default=90)
-    options = parser.parse_args()
-    if options.write is not None:
-        write(options.write, options.architecture)
-        return
-    start = time.perf_counter()
-    driver = find_driver()
-    print(driver.name, f"copy {copy_bandwidth() / 1e9:.0f} GB/s", flush=True)
-    cubin_of = reader(options.read, driver.capability)
-    for problem in problems():
-        measure(problem, driver, cubin_of)
-    print(f"{time.perf_counter() - start:.0f} s")
+# ---------------------------------------------------------------- compiling
 
 
-if __name__ == "__main__":
-    main()
+def compile_everything(
+    problems: Sequence[Problem], rows: Sequence[int], architecture: int, workers: int
+) -> int:
+    """Compile every launch side by side, so that timing finds them in the cache; return how many
+    there are."""
+    items = [(problem, rows, architecture) for problem in problems]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return sum(pool.map(compile_problem, items))
+
+
+def compile_problem(item: tuple[Problem, Sequence[int], int]) -> int:
+    """Compile the launches of one problem."""
+    torch.set_num_threads(1)
+    problem, rows, architecture = item
+    launches = set(launches_of(problem.call(problem.node(problem.planned()), architecture), rows))
+    for launch in launches:
+        compile_launch(launch, architecture)
+    return len(launches)
+
+
+def launches_of(call: Call, rows: Sequence[int]) -> Iterator[Launch]:
+    """Yield what a call launches for these numbers of rows."""
+    for count in rows:
+        yield from call.variant(count).launches

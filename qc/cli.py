@@ -141,21 +141,27 @@ def add_what_to_compile(parser: argparse.ArgumentParser, model: str = MODEL) -> 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add what recipes that look at data ask for."""
     parser.add_argument(
-        "--calibration", default="self", metavar="FILE",
-        help=".txt or .jsonl; self: text that the model writes (default)",
+        "--calibration", metavar="FILE",
+        help=".txt or .jsonl, or self: text that the model writes (the default of recipes that "
+        "look at data)",
     )  # fmt: skip
-    parser.add_argument("--num-calibration-samples", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--num-calibration-samples", type=int, metavar="N", help="default: 128, of self 32"
+    )
     parser.add_argument("--max-seq-length", type=int, default=512, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes")
+    parser.add_argument(
+        "--device", default="cpu", help="where the model is calibrated: cpu (default), cuda, auto"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on with a compilation that was killed"
     )
 
 
 def calibration_data(options: argparse.Namespace) -> Any:
-    """Return what --calibration names: "self", or a file, which must be there."""
-    if options.calibration == "self":
-        return "self"
+    """Return what --calibration names: "self", or a file, which must be there; None for nothing."""
+    if options.calibration in (None, "self"):
+        return options.calibration
     return Path(options.calibration)
 
 
@@ -180,7 +186,8 @@ def compile_command(options: argparse.Namespace) -> None:
         options.model, options.target, recipe=options.recipe, weights=options.weights,
         bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
-        max_seq_length=options.max_seq_length, seed=options.seed, resume=options.resume,
+        max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
+        resume=options.resume,
         explain=options.explain, output=options.output, progress=not options.quiet,
     )  # fmt: skip
     if options.quiet:
@@ -242,7 +249,7 @@ def explanation_of(options: argparse.Namespace) -> Explanation:
         options.model, options.target, recipe=options.recipe, weights=options.weights,
         bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
-        max_seq_length=options.max_seq_length, seed=options.seed,
+        max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
         options=ExplainOptions(divergence_tokens=options.divergence_tokens),
         progress=not options.quiet,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from qc.checking.check import require_possible
 from qc.errors import InputError, TargetError, UnsupportedError
 from qc.explaining.explain import ExplainOptions
 from qc.frontends import open_model
+from qc.ir.device import parse_device
 from qc.ir.graph import Graph
 from qc.ir.target import Target, parse_target
 from qc.ir.weights.weight import WeightFormat
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from qc.checking.report import CheckReport
     from qc.runtime import Artifact
     from qc.runtime.explanation import Explanation
+
+
+GIVEN_SAMPLES, WRITTEN_SAMPLES = 128, 32
+"""Sequences of given data, and of what the model writes: to write one takes longer than to
+calibrate on it."""
 
 
 def trace(model: Any, example_inputs: Mapping[str, Any] | None = None) -> CapturedModel:
@@ -49,10 +55,11 @@ def compile(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
-    calibration: Any = SELF,
-    num_calibration_samples: int = 128,
+    calibration: Any = None,
+    num_calibration_samples: int | None = None,
     max_seq_length: int = 512,
     seed: int = 0,
+    device: str = "cpu",
     resume: bool = False,
     explain: bool = False,
     output: str | Path | None = None,
@@ -64,18 +71,22 @@ def compile(
     The recipe is the one that the target names unless `recipe` says otherwise; `weights` is another
     format for the linears than the recipe's: "int3·g64 + rank16 + sparse0.5%"; `bits` and
     `group_size` change the sizes of the recipe's own. Recipes that look at data see the first
-    `num_calibration_samples` sequences of `max_seq_length` tokens of `calibration`: texts, token
-    ids, a .txt or .jsonl file, a data set, or "self", text that the model writes, drawn with
-    `seed`. With `output` the artifact is written there, and finished weights are kept beside it
-    until it is: with `resume` a compilation that was killed goes on from them. With `explain` the
-    artifact says what every pass costs every layer, `artifact.explain()`. `progress=True`
-    shows a bar; a function gets (step, fraction). TargetError, RecipeError and FormatError list the
-    nearest names, and ArtifactError refuses an `output` that cannot be written, before anything is
-    read. What cannot be stored as asked, or has no kernel, is refused before any long work.
+    `num_calibration_samples` sequences (128; 32 of "self") of `max_seq_length` tokens of
+    `calibration`: texts, token ids, a .txt or .jsonl file, a data set, or "self", the default: text
+    that the model writes, drawn with `seed`. w4 and w4a16 look at data only where it is given.
+    `device` is where the model runs over the data: "cpu", "cuda", "cuda:1", or "auto", a GPU where
+    torch has one. With `output` the artifact is written there, and finished weights are kept
+    beside it until it is: with `resume` a compilation that was killed goes on from them. With
+    `explain` the artifact says what every pass costs every layer, `artifact.explain()`.
+    `progress=True` shows a bar; a function gets (step, fraction). TargetError, RecipeError and
+    FormatError list the nearest names, and ArtifactError refuses an `output` that cannot be
+    written, before anything is read. What cannot be stored as asked, or has no kernel, is refused
+    before any long work.
     """
     machine, recipe_name = parse_target(target, RECIPES)
-    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
-    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    asked = calibration is not None
+    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size, asked)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     kept = kept_beside(output, resume)
     with shown(progress) as report:
         report("capture", 0.0)
@@ -176,10 +187,11 @@ def explain(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
-    calibration: Any = SELF,
-    num_calibration_samples: int = 128,
+    calibration: Any = None,
+    num_calibration_samples: int | None = None,
     max_seq_length: int = 512,
     seed: int = 0,
+    device: str = "cpu",
     options: ExplainOptions | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
@@ -187,8 +199,9 @@ def explain(
     """Quantize a model as `compile` with these arguments would, and say where the loss comes from:
     errors of every layer after every pass, and what each layer alone costs the logits."""
     _, recipe_name = parse_target(target, RECIPES)
-    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
-    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
+    asked = calibration is not None
+    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size, asked)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     with shown(progress) as report:
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)
@@ -202,12 +215,18 @@ def explain(
 
 
 def calibration_of(
-    data: Any, num_calibration_samples: int = 128, max_seq_length: int = 512, seed: int = 0
-) -> Calibration:
-    """Return calibration data as a `Calibration`, which may be one already."""
+    data: Any = None, num_calibration_samples: int | None = None, max_seq_length: int = 512,
+    seed: int = 0, device: str = "cpu",
+) -> Calibration:  # fmt: skip
+    """Return calibration data as a `Calibration`, which may be one already; without any the model
+    writes its own. InputError for a device that is not there."""
     if isinstance(data, Calibration):
         return data
-    return Calibration(data, num_calibration_samples, max_seq_length, seed)
+    parse_device(device)
+    written = data is None or (isinstance(data, str) and data == SELF)
+    usual = WRITTEN_SAMPLES if written else GIVEN_SAMPLES
+    count = usual if num_calibration_samples is None else num_calibration_samples
+    return Calibration(SELF if data is None else data, count, max_seq_length, seed, device)
 
 
 def kept_beside(output: str | Path | None, resume: bool) -> Checkpoint | None:

@@ -89,7 +89,8 @@ class CapturedModel:
         look at data get `calibration`; without, the model writes text. RecipeError for an unknown
         name, FormatError for an unknown format.
         """
-        passes = resolve_recipe(recipe, weights, bits, group_size)
+        asked = calibration is not None
+        passes = resolve_recipe(recipe, weights, bits, group_size, calibrated=asked)
         return self.canonicalize(progress).quantize(passes, progress, calibration=calibration)
 
     def __str__(self) -> str:
@@ -128,7 +129,8 @@ class CanonicalModel:
         calibration: Calibration | None = None,
     ) -> QuantizedModel:
         """Run a recipe."""
-        passes = resolve_recipe(recipe, weights, bits, group_size)
+        asked = calibration is not None
+        passes = resolve_recipe(recipe, weights, bits, group_size, calibrated=asked)
         data = self.bind(calibration or Calibration())
         context = Context(Target("any", "any"), progress, list(self.log), data)
         graph = passes.run(self.graph, context)
@@ -145,7 +147,7 @@ class CanonicalModel:
     ) -> QuantizedModel:
         """Run a recipe and measure what every pass costs every layer: `explanation` of the
         result, which calls the recipe `name`."""
-        passes = resolve_recipe(recipe)
+        passes = resolve_recipe(recipe, calibrated=calibration is not None)
         data = self.bind(calibration or Calibration())
         context = Context(Target("any", "any"), progress, list(self.log), data)
         name = name or (recipe if isinstance(recipe, str) else "")
@@ -303,13 +305,15 @@ def resolve_recipe(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    calibrated: bool = False,
 ) -> Pipeline:
     """Return the passes behind a recipe, with linears stored as `weights` where that is given, or
-    in its own formats with other sizes.
+    in its own formats with other sizes. Where data is given, `calibrated`, a recipe that rounds may
+    look at it, unless another format is asked for.
 
     RecipeError and FormatError list the nearest known names.
     """
-    passes = named_passes(recipe)
+    passes = named_passes(recipe, calibrated and weights is None)
     if weights is not None:
         passes = storing(passes, as_weight_format(weights))
     return passes if bits is None and group_size is None else resized(passes, bits, group_size)
@@ -349,16 +353,15 @@ def changed_first(pipeline: Pipeline, change: Callable[[Pass], Pass | None]) -> 
     return None
 
 
-def named_passes(recipe: str | Recipe | Pipeline) -> Pipeline:
+def named_passes(recipe: str | Recipe | Pipeline, calibrated: bool = False) -> Pipeline:
     """Return the passes of a recipe; RecipeError lists the nearest known names."""
     if isinstance(recipe, Pipeline):
         return recipe
-    if isinstance(recipe, Recipe):
-        return recipe.pipeline
-    if recipe not in RECIPES:
+    if isinstance(recipe, str) and recipe not in RECIPES:
         hint = nearest(recipe, RECIPES) or f"; known are {', '.join(RECIPES)}"
         raise RecipeError(f"unknown recipe {recipe!r}{hint}")
-    return RECIPES[recipe].pipeline
+    found = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    return Pipeline(found.calibrated) if calibrated and found.calibrated else found.pipeline
 
 
 def with_empty_caches(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -190,13 +190,13 @@ def test_explain_measures_or_reads(
     text.write_text(TEXT * 20, encoding="utf-8")
     data = ["--calibration", text, "--max-seq-length", 32, "--num-calibration-samples", 4]
     page = tmp_path / "page.html"
-    said = say(capsys, "explain", folder, "--recipe", "w2", *data, "--quiet", "--html", page)
+    said = say(capsys, "explain", folder, "--recipe", "w2_rtn", *data, "--quiet", "--html", page)
     assert "round_to_nearest" in said
     assert "KL from the original" in said
     assert "<svg" in page.read_text(encoding="utf-8")
 
     kept = tmp_path / "explained.qc"
-    options = ["--target", "torch-w2", *data, "--explain", "--quiet", "-o", kept]
+    options = ["--target", "torch-w2_rtn", *data, "--explain", "--quiet", "-o", kept]
     assert say(capsys, "compile", folder, *options) == ""
     figures = json.loads(say(capsys, "explain", kept, "--json"))
     assert figures["layers"][0]["divergence"] > 0

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from qc.errors import UnsupportedError
+from qc.ir.device import CPU, computing_on, here, moved
 from qc.ir.graph import Graph, topological_order
 from qc.ir.node import Node
-from qc.ir.ops import Input
+from qc.ir.ops import Input, Parameter
 from qc.ir.types import DTYPE_NAMES
 
 
@@ -48,16 +49,18 @@ def evaluate(
     """Compute all outputs by name from inputs by label.
 
     `sizes` adds symbols that no input shape binds; `watch(node, value)` sees every value. Values
-    are dropped after their last use.
+    are dropped after their last use. Computed on the device on which the inputs lie.
     """
     missing = [
         n.op.label for n in graph.inputs if isinstance(n.op, Input) and n.op.label not in values
     ]
     if missing:
         raise ValueError(f"missing input {missing[0]}")
-    results = evaluate_nodes(
-        graph.outputs, values, bind_symbols(graph.inputs, values, sizes), watch
-    )
+    device = next((value.device for value in values.values()), CPU)
+    with computing_on(device):
+        results = evaluate_nodes(
+            graph.outputs, values, bind_symbols(graph.inputs, values, sizes), watch
+        )
     return dict(zip(graph.output_names, results, strict=True))
 
 
@@ -103,6 +106,10 @@ def value_of(
                 f"expected {node.type}"
             )
         return value
+    if isinstance(node.op, Parameter) and here() != CPU:
+        place = here()
+        with computing_on(CPU):  # where weights are stored
+            return moved(node.op.meaning(sizes=sizes), place)
     try:
         return node.op.meaning(*(computed[i] for i in node.inputs), sizes=sizes)
     except (RuntimeError, AttributeError, TypeError, LookupError) as error:

@@ -137,7 +137,8 @@ class KernelStep:
 
     `reads` and `writes` list every value among `args` (in both: updated in place). With `when`, the
     step belongs to a call only if each size named, such as "seq" or "batch * seq", lies in its
-    closed range (None: no upper end). `grid` is how many blocks of threads run a kernel of `code`.
+    closed range (None: no upper end). `grid` is how many blocks of threads run a kernel of `code`;
+    `late` lists the values that it touches only once it has waited for the steps in front.
     """
 
     kernel: str
@@ -147,6 +148,7 @@ class KernelStep:
     origin: str = ""
     when: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     grid: tuple[Dim, ...] = ()
+    late: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,8 @@ class Code:
 
     `parameters` are "pointer", "i32" or "i64", one an argument of the steps that call it. An
     argument that depends on "past" is a pointer to an i32. `constants` are what the source was
-    compiled with: nothing that runs needs them.
+    compiled with: nothing that runs needs them. `overlaps`: from sm_90 on it waits by itself for
+    the launches in front, at once where its last argument is 0, only behind its work where it is 1.
     """
 
     function: str
@@ -193,6 +196,7 @@ class Code:
     parameters: tuple[str, ...]
     binaries: tuple[Binary, ...]
     constants: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+    overlaps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,7 +547,8 @@ def _read_step(record: _Record, values: tuple[Value, ...], symbols: Iterable[str
             for i, each in enumerate(record.items("args", 256))
         )
         grid = _read_grid(record, symbols) if record.has("grid") else ()
-        step = KernelStep(name, read_args, reads, writes, origin, when, grid)
+        late = _read_indices(record, "late", values) if record.has("late") else ()
+        step = KernelStep(name, read_args, reads, writes, origin, when, grid, late)
         needed = {arg.value for arg in read_args if isinstance(arg, ValueArg)}
     record.done()
     listed = {*reads, *writes} if isinstance(step, KernelStep) else set(reads)
@@ -618,6 +623,7 @@ def _read_code(top: _Record) -> dict[str, Code]:
             record.take("constants", "numbers and texts by name", _constants)
             if record.has("constants")
             else {},
+            record.take("overlaps", "true or false", _boolean) if record.has("overlaps") else False,
         )
         record.done()
     return found
@@ -884,3 +890,8 @@ def _check_launch(at: int, step: Step, code: Mapping[str, Code]) -> None:
                 f"{MANIFEST}: argument {number} of step {at} is no {kind}, "
                 f"which {step.kernel} takes"
             )
+    if code[step.kernel].overlaps and (not step.args or step.args[-1] != Scalar(0)):
+        raise ArtifactError(
+            f"{MANIFEST}: step {at} must pass 0 last: {step.kernel} is told there whether it may "
+            "begin early"
+        )

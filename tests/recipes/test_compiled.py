@@ -11,7 +11,7 @@ import qc
 from qc.cli import main
 from qc.errors import FormatError
 from qc.passes.calibration import Calibration
-from qc.stages import CapturedModel
+from qc.stages import CapturedModel, QuantizedModel
 from tests.comparison import assert_close
 from tests.families import model_of
 from tests.passes.calibration.tiny import LENGTH, token_sequences
@@ -27,6 +27,10 @@ SIZES = {
     "gwq": {"bits": 3, "group_size": 8},
     "lorc": {"bits": 3, "group_size": 8},
     "smoothquant_plus": {"group_size": 8},
+    "w4a16": {"group_size": 8},
+    "w4": {},
+    "w3": {},
+    "w2": {},
 }
 
 
@@ -48,6 +52,21 @@ def test_the_artifact_computes_what_the_quantized_graph_means(
     summary = artifact.report().to_dict()["summary"]
     stored = sum(weight_bytes(p) for p in quantized.graph.parameters if p.tensor.rank == 2)
     assert summary["linear_bytes"] + summary["table_bytes"] == stored
+
+
+def test_data_changes_what_w4_does(captured: CapturedModel) -> None:
+    """Without it rounds to the nearest, in seconds; the storage is the same."""
+    data = Calibration(TEXT, num_calibration_samples=4, max_seq_length=32)
+    alone, given = captured.quantize("w4"), captured.quantize("w4", calibration=data)
+    assert not alone.coverage
+    assert given.coverage
+    assert formats(alone) == formats(given)
+    asked = captured.quantize("w4", calibration=data, weights="trellis2·w10")
+    assert not asked.coverage  # another format is rounded to, whatever the recipe does
+
+
+def formats(model: QuantizedModel) -> list[str]:
+    return [str(p.op.weight.format) for p in model.graph.parameters]  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

@@ -29,11 +29,12 @@ from tests.runtime import toy
 
 POINTERS = ("pointer",) * 3
 PARAMETERS = {
-    "embed": (*POINTERS, "i32", "i32"),
-    "append": (*POINTERS, *("i32",) * 4),
-    "mix": (*POINTERS, *("i32",) * 4),
-    "head": (*POINTERS, *("i32",) * 5),
+    "embed": (*POINTERS, *("i32",) * 3),
+    "append": (*POINTERS, *("i32",) * 5),
+    "mix": (*POINTERS, *("i32",) * 5),
+    "head": (*POINTERS, *("i32",) * 6),
 }
+"""The last says whether a kernel may begin early."""
 
 
 @cache
@@ -60,6 +61,7 @@ def code(architectures: tuple[str, ...] = ("sm_90",), shared: int = 0) -> dict[s
         name: Code(
             name, 4, kinds,
             tuple(Binary(each, f"code/{each}/{name}.cubin", shared) for each in architectures),
+            overlaps=True,
         )
         for name, kinds in PARAMETERS.items()
     }  # fmt: skip
@@ -75,7 +77,8 @@ def language_manifest(**changes: Any) -> Manifest:
 
     def call(kernel: str, *args: ValueArg | Scalar, reads: Any, writes: Any) -> KernelStep:
         grid = ("batch * seq", 1, 1) if kernel == "embed" else ("batch", 1, 1)
-        return KernelStep(kernel, args, reads, writes, origin=f"toy.{kernel}", grid=grid)
+        passed = (*args, Scalar(0))
+        return KernelStep(kernel, passed, reads, writes, origin=f"toy.{kernel}", grid=grid)
 
     return replace(
         toy.language_manifest(

@@ -20,15 +20,18 @@ typedef struct { Record items[1024]; int count; } Graph;
 static Graph *capturing;
 static void *waiting[1024]; /* what the next record waits for: numbers of records, from 1 on */
 static int count_waiting;
-static int launches, graph_launches, capability = 90, most_shared = 232448;
+static int line_start; /* of launches that wait by themselves: see cuLaunchKernelEx */
+static int launches, graph_launches, launches_beside, late_launches, capability = 90, most_shared = 232448;
 static char log_text[1 << 16];
 
 const char *stub_log(void) { return log_text; }
 int stub_launches(void) { return launches; }
 int stub_graph_launches(void) { return graph_launches; }
+int stub_launches_beside(void) { return launches_beside; }
+int stub_late_launches(void) { return late_launches; }
 long stub_live_blocks(void) { return (long)live; }
 void stub_set_device(int c, int shared) { capability = c; most_shared = shared; }
-void stub_reset(void) { launches = graph_launches = 0; log_text[0] = 0; }
+void stub_reset(void) { launches = graph_launches = launches_beside = late_launches = 0; log_text[0] = 0; }
 
 static int known(uint64_t at, size_t size) {
   for (size_t i = 0; i < count_blocks; i++)
@@ -158,12 +161,11 @@ static CUresult run_kernel(int f, const unsigned *grid, const uint64_t *a) {
   } else return NOT_FOUND;
   return 0;
 }
-static const char *kinds(const char *name) { /* p: a pointer, i: an i32; then two null pointers */
-  return !strcmp(name, "embed") ? "pppiipp" : !strcmp(name, "head") ? "pppiiiiipp" : "pppiiiipp";
+static const char *kinds(const char *name) { /* p: a pointer, i: an i32; late; then two null pointers */
+  return !strcmp(name, "embed") ? "pppiiipp" : !strcmp(name, "head") ? "pppiiiiiipp" : "pppiiiiipp";
 }
-CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                        unsigned shared, void *stream, void **args, void **extra) {
-  (void)stream;
+static CUresult launch(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                       unsigned shared, void **args, void **extra, int beside) {
   int at = (int)(intptr_t)f - 1;
   if (extra || by != 1 || bz != 1 || bx % 32 || bx > 1024 || (int)shared > allowed[at]) return INVALID;
   const char *kind = kinds(functions[at]);
@@ -174,16 +176,41 @@ CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned
     if (kind[i] == 'p' && i >= count - 2 && values[i]) return INVALID;
   }
   unsigned grid[3] = {gx, gy, gz};
+  int late = values[count - 3] != 0;
+  if (late && !beside) return INVALID; /* nothing is in front that it could run beside */
   if (!capturing) return run_kernel(at, grid, values);
   Record *r = record(0);
+  int number = capturing->count - 1;
+  launches_beside += beside;
+  late_launches += late;
+  if (beside) { /* one that waits, waits for all in front; a late one for none that may still run */
+    r->count = 0;
+    for (int i = line_start; !late && i < number; i++) {
+      if (r->count == MOST_WAITS) return INVALID;
+      r->waits[r->count++] = i;
+    }
+    if (late && line_start) r->waits[r->count++] = line_start - 1;
+    if (!late) line_start = number;
+  } else line_start = number;
   r->function = at;
   memcpy(r->grid, grid, sizeof grid);
   memcpy(r->args, values, sizeof values);
   return 0;
 }
+CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                        unsigned shared, void *stream, void **args, void **extra) {
+  (void)stream;
+  return launch(f, gx, gy, gz, bx, by, bz, shared, args, extra, 0);
+}
+typedef struct { int kind, padding; uint64_t value[8]; } Attribute;
+typedef struct { unsigned grid[3], block[3], shared; void *stream; Attribute *attributes; unsigned count; } Configuration;
+CUresult cuLaunchKernelEx(const Configuration *c, void *f, void **args, void **extra) {
+  if (c->count != 1 || c->attributes->kind != 6 || (int)c->attributes->value[0] != 1 || !c->stream) return INVALID;
+  return launch(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, args, extra, 1);
+}
 CUresult cuStreamCreate(void **s, unsigned f) { (void)f; *s = (void *)3; return 0; }
 CUresult cuStreamSynchronize(void *s) { (void)s; return capturing ? INVALID : 0; }
-CUresult cuStreamBeginCapture_v2(void *s, int m) { (void)s; (void)m; capturing = calloc(1, sizeof *capturing); count_waiting = 0; return 0; }
+CUresult cuStreamBeginCapture_v2(void *s, int m) { (void)s; (void)m; capturing = calloc(1, sizeof *capturing); count_waiting = line_start = 0; return 0; }
 CUresult cuStreamGetCaptureInfo_v2(void *s, int *status, uint64_t *id, void **graph, void ***nodes, size_t *n) {
   (void)s;
   *status = capturing != NULL; *id = 1; *graph = capturing; *nodes = waiting; *n = count_waiting;

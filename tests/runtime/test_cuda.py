@@ -12,7 +12,7 @@ from qc.cli import main
 from qc.errors import ArtifactError, ContextLengthError, UnsupportedError
 from qc.runtime import load
 from qc.runtime.cuda.executor import CudaProgram
-from qc.runtime.cuda.order import Access, dependencies
+from qc.runtime.cuda.order import Access, dependencies, late_starts
 from tests.runtime import cuda, toy
 
 
@@ -66,6 +66,42 @@ def test_calls_that_come_again_are_one_graph(tmp_path: Path) -> None:
     assert stub.stub_log().decode().splitlines()[:4] == [
         "embed 1x1x1", "append 1x1x1", "mix 1x1x1", "head 1x1x1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_launches_of_a_graph_begin_early_where_the_gpu_can(
+    tmp_path: Path, architecture: str
+) -> None:
+    stub = cuda.stub()
+    stub.stub_set_device(int(architecture[3:]), 232448)
+    manifest = cuda.language_manifest(code=cuda.code((architecture,)))
+    session = load(cuda.write_artifact(tmp_path / "toy.qc", manifest)).session()
+    session.reserve(64)
+    session.prefill([1, 2, 3])
+    stub.stub_reset()
+    for step in range(4):
+        found = session.step(step)
+        expected = toy.expected_logits([1, 2, 3, *range(step + 1)])[-1]
+        np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+    early = architecture == "sm_90"
+    assert stub.stub_launches_beside() == (3 if early else 0)  # the first has none in front
+    assert stub.stub_late_launches() == 0  # each reads what the one in front wrote
+
+
+def test_launches_that_share_nothing_wait_late() -> None:
+    x, q, k, v, y = ((at, at + 64) for at in range(0, 320, 64))
+    order = [
+        Access((), (x,)),
+        Access((x,), (q,)),  # waits: it reads x
+        Access((x,), (k,)),  # beside the last one
+        Access((x,), (), late_writes=(v,)),
+        Access((x,), (), late_reads=(q, k, v), late_writes=(y,)),  # reads them once it has waited
+        Access((y,), (x,)),
+        Access((), (q,)),  # whatever read q has ended: the one in front has waited
+        Access((), (y,)),  # read by one that may still run
+    ]
+    assert late_starts(order) == [False, False, True, True, True, False, True, False]
+    assert late_starts(order[:1] * 2) == [False, False]
 
 
 def test_launches_wait_for_the_memory_that_they_share() -> None:

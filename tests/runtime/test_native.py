@@ -78,6 +78,15 @@ def test_barriers_hold(tmp_path: Path, threads: int) -> None:
     artifact.set_threads()
 
 
+def test_tasks_that_need_not_run_together_cannot_wait_for_each_other(tmp_path: Path) -> None:
+    alone = KernelStep("wait_alone", (), reads=(), writes=())
+    artifact = kernel_artifact(tmp_path / "m", VECTORS, INCREMENT, alone)
+    artifact.set_threads(2)
+    with pytest.raises(ArtifactError, match="tasks that need not run at the same time"):
+        artifact([1.0])
+    artifact.set_threads()
+
+
 @pytest.mark.parametrize("order", ["stack", "queue", "random"])
 def test_workspaces_do_not_overlap_in_any_order(tmp_path: Path, order: str) -> None:
     artifact = kernel_artifact(

@@ -104,6 +104,8 @@ KERNEL(increment) {
   return 0;
 }
 
+enum { TOGETHER = 1 << 20 }; /* tasks: as many as run at the same time */
+
 static int refuse_part(int task_id, group *env, void *closure) {
   (void)closure;
   if (task_id == env->num_task - 1) return fail("the last task refuses");
@@ -111,7 +113,15 @@ static int refuse_part(int task_id, group *env, void *closure) {
 }
 
 /* (): fails in one task while the others wait at a barrier */
-KERNEL(refuse) { return TVMBackendParallelLaunch(refuse_part, 0, 0); }
+KERNEL(refuse) { return TVMBackendParallelLaunch(refuse_part, 0, TOGETHER); }
+
+static int waiting_part(int task_id, group *env, void *closure) {
+  (void)closure;
+  return TVMBackendParallelBarrier(task_id, env);
+}
+
+/* (): waits at a barrier without having asked for tasks that run together */
+KERNEL(wait_alone) { return TVMBackendParallelLaunch(waiting_part, 0, 0); }
 
 typedef struct rounds_arguments {
   float *cells;
@@ -133,7 +143,7 @@ static int rounds_part(int task_id, group *env, void *closure) {
 /* (cells f32[2, n], rounds): each round rotates and adds 1, so a missed barrier shows */
 KERNEL(rounds) {
   rounds_arguments closure = {DATA(float, 0), SIZE(0, 1), args[1].value.integer};
-  return TVMBackendParallelLaunch(rounds_part, &closure, 0);
+  return TVMBackendParallelLaunch(rounds_part, &closure, TOGETHER);
 }
 
 /* (pattern i64[n]): allocate n blocks of growing size and free them in the order of the pattern */

@@ -96,7 +96,9 @@ def write_code(
             binaries.append(Binary(f"ptx_{oldest.architecture}", file, oldest.shared_bytes))
         kinds = tuple("pointer" if kind.startswith("*") else kind for kind in oldest.parameters)
         constants = dict(launch.constants)
-        described[name] = Code(oldest.name, oldest.num_warps, kinds, tuple(binaries), constants)
+        described[name] = Code(
+            oldest.name, oldest.num_warps, kinds, tuple(binaries), constants, overlaps=True
+        )
     return described
 
 

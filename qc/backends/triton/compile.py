@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qc.backends.triton.emit import cache_folder, load_function
-from qc.backends.triton.kernel import Cubin, Launch
+from qc.backends.triton.kernel import FIRST_TO_OVERLAP, OVERLAP, Constant, Cubin, Launch
 
 WARP = 32
 ALIGNED = [["tt.divisibility", 16]]
@@ -35,7 +35,11 @@ def compile_launch(launch: Launch, architecture: int, folder: Path | None = None
     stem = (folder or cache_folder() / "cubin") / key[:2] / key
     found = read_cubin(stem)
     if found is None:
-        found = build(function, launch, architecture)
+        older = OLDER.get(architecture)
+        if older is None:
+            found = build(function, launch, architecture)
+        else:
+            found = assembled(compile_launch(launch, older, folder), architecture)
         write_cubin(stem, found)
     return found
 
@@ -44,8 +48,15 @@ def cache_key(function: Any, launch: Launch, architecture: int) -> str:
     """Hash everything that a compiled kernel depends on."""
     types = [(each.name, each.type) for each in launch.parameters]
     options = [launch.num_warps, launch.num_stages, architecture, triton.__version__]
-    text = json.dumps([function.cache_key, types, launch.constants, options])
+    constants = constants_for(launch, architecture)
+    text = json.dumps([function.cache_key, types, constants, options])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def constants_for(launch: Launch, architecture: int) -> list[tuple[str, Constant]]:
+    """Return the constants of a function for an architecture."""
+    overlap = architecture >= FIRST_TO_OVERLAP
+    return [(name, overlap if name == OVERLAP else value) for name, value in launch.constants]
 
 
 def compiled(function: Any, launch: Launch, target: GPUTarget) -> Any:
@@ -54,7 +65,10 @@ def compiled(function: Any, launch: Launch, target: GPUTarget) -> Any:
     signature |= dict.fromkeys(dict(launch.constants), "constexpr")
     aligned = {(n,): ALIGNED for n, p in enumerate(launch.parameters) if p.type.startswith("*")}
     count = len(launch.parameters)
-    constants = {(count + n,): value for n, (_, value) in enumerate(launch.constants)}
+    known = (
+        constants_for(launch, int(target.arch)) if target.backend == "cuda" else launch.constants
+    )
+    constants = {(count + n,): value for n, (_, value) in enumerate(known)}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     options = {
         "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
@@ -62,6 +76,26 @@ def compiled(function: Any, launch: Launch, target: GPUTarget) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return triton.compile(source, target=target, options=options)
+
+
+OLDER = {86: 80, 89: 80}
+"""Architectures of one generation: the code of the older one is theirs, up to the assembler."""
+
+
+def assembled(older: Cubin, architecture: int) -> Cubin:
+    """Assemble the code of an older architecture of the same generation for a newer one."""
+    ptx = older.ptx.replace(f".target sm_{older.architecture}", f".target sm_{architecture}")
+    with NamedTemporaryFile("w", suffix=".ptx") as source, NamedTemporaryFile() as target:
+        source.write(ptx)
+        source.flush()
+        name = f"--gpu-name=sm_{architecture}"
+        command = [str(tool("ptxas")), "-lineinfo", name, source.name, "-o", target.name]
+        subprocess.run(command, check=True, capture_output=True)
+        binary = Path(target.name).read_bytes()
+    registers, spills = resources(binary)
+    return replace(
+        older, architecture=architecture, ptx=ptx, binary=binary, registers=registers, spills=spills
+    )
 
 
 def build(function: Any, launch: Launch, architecture: int) -> Cubin:

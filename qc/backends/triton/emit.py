@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile, gettempdir
@@ -20,7 +20,18 @@ import torch
 
 from qc.backends.region import ArrayArgument, Repack, SizeArgument
 from qc.backends.triton.expression import Rendering
-from qc.backends.triton.kernel import TYPES, Argument, Constant, Grid, Launch, Parameter, Scratch
+from qc.backends.triton.kernel import (
+    LATE,
+    OVERLAP,
+    TYPES,
+    Argument,
+    Constant,
+    Grid,
+    Launch,
+    Parameter,
+    Scratch,
+    late_parameter,
+)
 from qc.ir.weights.expression import Expr
 
 HEAD = "import triton\nimport triton.language as tl\n\n"
@@ -43,6 +54,16 @@ class Emission:
     repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
     depth: int = 1
     bound: int = 0
+    prefix: str = ""
+    """Of the names of its functions, where several kernels share a module."""
+    early: frozenset[str] | None = None
+    """The parameters that are named in front of the join, once there is one."""
+
+    def join(self) -> None:
+        """Wait here, at the latest, for the launches in front."""
+        if self.early is None:
+            self.line(f"launches.join({OVERLAP})")
+            self.early = frozenset(self.parameters)
 
     def line(self, text: str) -> None:
         """Write a statement."""
@@ -82,27 +103,92 @@ class Emission:
         """Write a device function for a decode expression, or find the equal one."""
         text = rendering.function("NAME", expr)
         if text not in self.decoders:
-            name = f"decode{len(self.decoders)}"
+            name = f"{self.prefix}decode{len(self.decoders)}"
             self.decoders[text] = name
             self.functions.append(text.replace("def NAME(", f"def {name}("))
         return self.decoders[text]
 
     def source(self) -> str:
         """Return the module's text."""
-        constants = [f"{name}: tl.constexpr" for name in self.constants]
-        parameters = ", ".join([*self.parameters, *constants])
-        main = "\n".join(["@triton.jit", f"def {self.name}({parameters}):", *self.lines])
-        body = "\n\n\n".join([*self.functions, main])
-        called = [each for each in sorted(self.device) if f"{each}." in body]
-        imports = f"from {DEVICE} import {', '.join(called)}\n\n\n"
-        return f'"""{self.title}"""\n\n{HEAD}{imports}{body}\n'
+        main = self.text(self.name, (f"launches.begin({LATE}, {OVERLAP})",), ())
+        return module_text(self.title, self.device, [*self.functions, main])
+
+    def text(self, name: str, first: tuple[str, ...], where: tuple[str, ...]) -> str:
+        """Return the function under a name: it begins with statements, and ends joined. `where`
+        are parameters that say which program of a role it is."""
+        constants = [f"{each}: tl.constexpr" for each in (*self.constants, OVERLAP)]
+        late = () if where else (LATE,)
+        parameters = ", ".join([*self.parameters, *late, *where, *constants])
+        end = [f"    launches.join({OVERLAP})"] * (self.early is None)
+        lines = [*(f"    {each}" for each in first), *self.lines, *end]
+        return "\n".join(["@triton.jit", f"def {name}({parameters}):", *lines])
 
     def launch(self, rule: str, grid: Grid, num_warps: int, num_stages: int) -> Launch:
         """Return the launch of what was written."""
+        late = [name for name in self.parameters if self.early and name not in self.early]
         return Launch(
-            rule, self.name, self.source(), tuple(self.parameters.values()),
-            tuple(self.constants.items()), grid, num_warps, num_stages,
+            rule, self.name, self.source(), (*self.parameters.values(), late_parameter()),
+            (*self.constants.items(), (OVERLAP, False)), grid, num_warps, num_stages, tuple(late),
         )  # fmt: skip
+
+
+def module_text(title: str, device: Iterable[str], functions: Sequence[str]) -> str:
+    """Return the text of a module of functions, the last of which is launched."""
+    body = "\n\n\n".join(functions)
+    called = [each for each in sorted({*device, "launches"}) if f"{each}." in body]
+    imports = f"from {DEVICE} import {', '.join(called)}\n\n\n"
+    return f'"""{title}"""\n\n{HEAD}{imports}{body}\n'
+
+
+WHERE = ("tile", "cell", "part")
+"""What says which program of a role it is: its tiles of rows and of outputs, its part."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What some programs of a launch do: `cells` tiles of outputs times `parts`."""
+
+    emission: Emission
+    cells: int
+    parts: int
+
+
+def combined(name: str, title: str, roles: Sequence[Role]) -> Emission:
+    """Return one function whose programs play several roles, one after the other by number."""
+    whole = Emission(name, title, tuple({d: None for r in roles for d in r.emission.device}))
+    early: set[str] = set()
+    first = 0
+    whole.line("number = launches.number(1)")
+    for at, role in enumerate(roles):
+        each = role.emission
+        whole.functions += each.functions
+        whole.functions.append(each.text(f"{each.name}_role", (), WHERE))
+        passed = []
+        for parameter in each.parameters.values():
+            free = parameter.name
+            while (
+                free in whole.parameters and whole.parameters[free].argument != parameter.argument
+            ):
+                free += "_"
+            known = whole.parameter(free, parameter.argument, parameter.type)
+            passed.append(known)
+            if each.early is None or parameter.name in each.early:
+                early.add(known)
+        first += role.cells * role.parts
+        if at == 0:
+            whole.line(f"if number < {first}:")
+        else:
+            whole.line("else:" if at == len(roles) - 1 else f"elif number < {first}:")
+        whole.depth += 1
+        start = first - role.cells * role.parts
+        whole.line(f"cell, part = launches.within(number, {start}, {role.cells})")
+        constants = [f"{key}={value!r}" for key, value in each.constants.items()]
+        values = [*passed, "0", "cell", "part", *constants, f"{OVERLAP}={OVERLAP}"]
+        whole.line(f"{each.name}_role({', '.join(values)})")
+        whole.depth -= 1
+        whole.repack |= each.repack
+    whole.early = frozenset(early)
+    return whole
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,16 @@ from math import isinf, isnan
 import torch
 
 from qc.backends.region import SizeArgument
-from qc.backends.triton.kernel import TYPES, Argument, Cells, Launch, Parameter
+from qc.backends.triton.kernel import (
+    LATE,
+    OVERLAP,
+    TYPES,
+    Argument,
+    Cells,
+    Launch,
+    Parameter,
+    late_parameter,
+)
 from qc.ir.types import Dim, as_dim, dim_symbols
 
 PAST = "past"
@@ -93,9 +102,11 @@ class Glue:
     @property
     def source(self) -> str:
         """The module."""
-        imports = ", ".join(sorted(self.modules))
-        names = ", ".join(parameter.name for parameter in self.parameters)
-        body = "\n".join(f"    {line}" for line in self.lines)
+        imports = ", ".join(sorted({*self.modules, "launches"}))
+        known = (parameter.name for parameter in self.parameters)
+        names = ", ".join([*known, LATE, f"{OVERLAP}: tl.constexpr"])
+        begin, end = f"launches.begin({LATE}, {OVERLAP})", f"launches.join({OVERLAP})"
+        body = "\n".join(f"    {line}" for line in (begin, *self.lines, end))
         return (
             "import triton\nimport triton.language as tl\n\n"
             f"from qc.backends.triton.device import {imports}\n\n\n"
@@ -106,8 +117,8 @@ class Glue:
         """Close the function; missing axes of the grid have one program."""
         whole = (*grid, Cells(), Cells(), Cells())
         return Launch(
-            self.rule, self.function, self.source, tuple(self.parameters), (),
-            (whole[0], whole[1], whole[2]), warps, stages,
+            self.rule, self.function, self.source, (*self.parameters, late_parameter()),
+            ((OVERLAP, False),), (whole[0], whole[1], whole[2]), warps, stages,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from qc.ir.quantized import QuantizedTensor
 from qc.ir.types import bind_dim
 from qc.ir.weights.weight import Weight
 from qc.runtime.cuda.driver import Driver, Function
+from qc.runtime.cuda.order import Access, Span, dependencies, late_starts
 
 
 class Prepared:
@@ -111,14 +113,11 @@ class Loaded(Prepared):
     def function(self, launch: Launch) -> Any:
         return None
 
-    def copied(self) -> Loaded:
-        """Return the same call on copies of its weights, at other addresses."""
+    def copied(self, arrays: Mapping[Argument, Any]) -> Loaded:
+        """Return the same call on other arrays, such as copies of its weights."""
         other = Loaded.__new__(Loaded)
         other.__dict__.update(self.__dict__)
-        other.arrays = {
-            argument: value.clone() if self.is_weight(argument) else value
-            for argument, value in self.arrays.items()
-        }
+        other.arrays = dict(arrays)
         other.bound = [other.bind(launch) for launch in self.launches]
         other.load()
         return other
@@ -134,23 +133,54 @@ class Loaded(Prepared):
         for number in range(len(self.launches)):
             self.run_launch(number)
 
-    def run_launch(self, number: int) -> None:
-        """Put one launch on the stream."""
-        grid = self.bound[number][1]
-        self.driver.launch(self.functions[number], grid, self.addresses[number])
+    def run_launch(self, number: int, beside: bool = False, late: bool = False) -> None:
+        """Put one launch on the stream; `beside`: it may begin while the one in front ends."""
+        put = self.driver.launch_beside if beside else self.driver.launch
+        flag = self.slots[number][-HIDDEN_PARAMETERS - 1]
+        flag.value = int(late)
+        put(self.functions[number], self.bound[number][1], self.addresses[number])
+        flag.value = 0
 
-    def record(self, after: Sequence[int]) -> list[int]:
-        """Record everything behind the nodes `after` of a graph: a launch waits for those whose
-        scratch it reads. Return what the next call must wait for."""
-        nodes: list[list[int]] = []
-        writers: dict[str, int] = {}
-        for number, launch in enumerate(self.launches):
-            scratch = [
-                p.argument.name for p in launch.parameters if isinstance(p.argument, Scratch)
+    def accesses(self) -> list[Access]:
+        """Return the memory that each launch reads and writes: it writes the scratch that it is
+        the first to name."""
+        written: set[str] = set()
+        found = []
+        for launch in self.launches:
+            spans: dict[tuple[bool, bool], list[Span]] = {}
+            first = set()
+            for parameter in launch.parameters:
+                argument, array = parameter.argument, self.arrays.get(parameter.argument)
+                if not isinstance(array, Tensor) or self.is_weight(argument):
+                    continue
+                writes = array is self.result
+                if isinstance(argument, Scratch):
+                    writes = argument.name not in written
+                    first.add(argument.name)
+                span = array.data_ptr(), array.data_ptr() + array.nbytes
+                spans.setdefault((parameter.name in launch.late, writes), []).append(span)
+            written |= first
+            groups = [
+                tuple(spans.get((late, w), ())) for late, w in product((False, True), repeat=2)
             ]
-            waits = {writers[name] for name in scratch if name in writers}
-            self.driver.wait_for([node for w in sorted(waits) for node in nodes[w]] or after)
-            self.run_launch(number)
-            nodes.append(self.driver.recorded())
-            writers |= {name: number for name in scratch if name not in writers}
-        return nodes[-1]
+            found.append(Access(*groups))
+        return found
+
+
+def record(driver: Driver, calls: Sequence[Loaded], overlapping: bool) -> Any:
+    """Return a graph of calls, each of which waits for the last one, as if it read its result."""
+    driver.begin_capture()
+    last: list[int] = []
+    for at, call in enumerate(calls):
+        order = call.accesses()
+        if overlapping:
+            for number, late in enumerate(late_starts(order)):
+                call.run_launch(number, beside=at + number > 0, late=late)
+            continue
+        nodes: list[int] = []
+        for number, waits in enumerate(dependencies(order)):
+            driver.wait_for([nodes[each] for each in sorted(waits)] or last)
+            call.run_launch(number)
+            nodes += driver.recorded()
+        last = nodes[-1:]
+    return driver.end_capture()

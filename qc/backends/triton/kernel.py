@@ -30,6 +30,13 @@ class Scratch:
 
 Argument = ArrayArgument | SizeArgument | Scratch
 
+LATE = "late"
+"""The last parameter of every kernel, 0 or 1: whether it may begin beside the launches in front."""
+OVERLAP = "OVERLAP"
+"""The constant that says whether a kernel's architecture can begin launches early."""
+FIRST_TO_OVERLAP = 90
+"""The compute capability from which on they can."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -38,6 +45,11 @@ class Parameter:
     name: str
     argument: Argument
     type: str
+
+
+def late_parameter() -> Parameter:
+    """Return the parameter that every kernel has last; who launches it sets it."""
+    return Parameter(LATE, SizeArgument(0), "i32")
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ class Launch:
     grid: Grid
     num_warps: int = 4
     num_stages: int = 3
+    late: tuple[str, ...] = ()
+    """Parameters whose memory is touched only behind the join: see device/launches.py."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,15 @@ class GpuLowering(Lowering[Call, Launch]):
                 return node.tensor.cast(DTYPES[parameter.type])
         raise AssertionError(f"no launch of {node.op} writes its result last")
 
+    def computed(self, node: Node) -> int:
+        """Return the buffer of an output: in float32 where the graph says so, for this machine
+        would take milliseconds to widen a batch of logits."""
+        index = super().computed(node)
+        stored = self.program.values[index].dtype
+        if node.tensor.dtype == torch.float32 and stored in ("f16", "bf16"):
+            return self.convert(node, index, torch.float32)
+        return index
+
     def add_steps(self, node: Node, key: object, found: Call) -> None:
         """Add the launches of every variant, each for its range of rows."""
         names = self.names(node)
@@ -127,8 +136,9 @@ class GpuLowering(Lowering[Call, Launch]):
             self.program.kernels.setdefault(name, launch)
             grid = tuple(cells_text(cells, names) for cells in launch.grid)
             origin = str(node.origin.module)
+            late = late_values(launch, arguments)
             step = KernelStep(
-                name, tuple(arguments), tuple(reads), tuple(writes), origin, when, grid
+                name, tuple(arguments), tuple(reads), tuple(writes), origin, when, grid, late
             )
             self.program.steps.append(step)
 
@@ -165,7 +175,7 @@ class GpuLowering(Lowering[Call, Launch]):
             name = launch_name(launch)
             self.program.kernels.setdefault(name, launch)
             count = element_count(shape)
-            arguments = (ValueArg(index), ValueArg(result), Scalar(dim_text(count)))
+            arguments = (ValueArg(index), ValueArg(result), Scalar(dim_text(count)), Scalar(0))
             grid = (cells_text(Cells(count, BLOCK), {}), 1, 1)
             origin = str(operand.origin.module)
             step = KernelStep(name, arguments, (index,), (result,), origin, {}, grid)
@@ -181,6 +191,14 @@ class PlacedCall:
         self, node: Node, dim: Dim, low: int, high: int | None, steps: Sequence[int]
     ) -> None:
         self.node, self.dim, self.low, self.high, self.steps = node, dim, low, high, steps
+
+
+def late_values(launch: Launch, arguments: Sequence[ValueArg | Scalar]) -> tuple[int, ...]:
+    """Return the values that a launch touches behind its join alone."""
+    bound = list(zip(launch.parameters, arguments, strict=True))
+    early = {a.value for p, a in bound if isinstance(a, ValueArg) and p.name not in launch.late}
+    found = [a.value for p, a in bound if isinstance(a, ValueArg) and a.value not in early]
+    return tuple(dict.fromkeys(found))
 
 
 def torch_dtype(name: str) -> torch.dtype:

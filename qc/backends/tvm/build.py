@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ Progress = Callable[[str, float], None]
 UNNEEDED_PASSES = ["s_tir.CompactBufferAllocation"]
 """Shrinks buffers to what a schedule leaves of them. The rules allocate what they need, and the
 pass took a fifth of the compile time."""
+PARTS = 4
+"""Modules that the kernels of a program are compiled in."""
 NATIVE = Path(qc.runtime.__file__).parent / "native"
 
 
@@ -47,6 +50,32 @@ def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
         return tvm.compile(module, target=llvm_target(target)).mod
 
 
+def compile_objects(kernels: Mapping[str, Kernel], target: Target, folder: Path) -> list[Path]:
+    """Compile kernels to object files, on all CPUs: LLVM works at a module in one thread."""
+
+    def compile_part(number: int, names: list[str]) -> Path:
+        path = folder / f"kernels{number}.o"
+        part = {name: kernels[name] for name in names}
+        compile_kernels(part, target).write_to_file(str(path), "o")
+        return path
+
+    parts = equal_parts({name: len(k.function.script()) for name, k in kernels.items()})
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(compile_part, range(len(parts)), parts))
+
+
+def equal_parts(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Share names out, the largest first, so that the sums of sizes are about equal. The number of
+    parts does not depend on the machine: neither does the library."""
+    parts: list[list[str]] = [[] for _ in range(min(PARTS, len(sizes)))]
+    totals = [0] * len(parts)
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = totals.index(min(totals))
+        parts[least].append(name)
+        totals[least] += sizes[name]
+    return parts
+
+
 def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> None:
     """Write model.so: the kernels and the native runtime, which is compiled meanwhile.
 
@@ -54,15 +83,15 @@ def link_library(kernels: Mapping[str, Kernel], target: Target, path: Path) -> N
     """
     flags = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden"]
     with tempfile.TemporaryDirectory() as folder:
-        runtime, compiled = Path(folder) / "runtime.o", Path(folder) / "kernels.o"
+        runtime = Path(folder) / "runtime.o"
         source = ["-c", str(NATIVE / "qcrt.c"), "-o", str(runtime)]
         with running([*flags, *source]) as compiling:
-            compile_kernels(kernels, target).write_to_file(str(compiled), "o")
+            compiled = compile_objects(kernels, target, Path(folder))
             finish(compiling, "compile the runtime")
         objects: list[str | Path] = [
             "-shared",
             "-s",
-            compiled,
+            *compiled,
             runtime,
             "-o",
             path,
@@ -114,10 +143,13 @@ def c_compiler() -> list[str]:
 
 def write_program(lowered: Lowered[Kernel], writer: ArtifactWriter, progress: Progress) -> None:
     """Put the weights, the library and the kernels' sources into an artifact."""
-    progress("compile kernels", 0.0)
+    c_compiler()  # none is said before any work
     library = writer.file(LIBRARY)
-    link_library(lowered.kernels, lowered.target, library)
+    with ThreadPoolExecutor(1) as beside:  # LLVM and the compiler run without Python's lock
+        linking = beside.submit(link_library, lowered.kernels, lowered.target, library)
+        writer.add_weights(dict(tensor_sources(lowered, progress)))
+        progress("compile kernels", 0.0)
+        linking.result()
     writer.keep(LIBRARY)
     for name, kernel in lowered.kernels.items():
         writer.add(f"source/{name}.py", kernel.function.script().encode())
-    writer.add_weights(dict(tensor_sources(lowered, progress)))

@@ -40,7 +40,7 @@ from qc.ir.weights.scales import (
     store_floats,
     verify_floats,
 )
-from qc.ir.weights.tiles import Tile
+from qc.ir.weights.tiles import Tile, joined
 from qc.ir.weights.weight import ArraySpec, Term, TermFormat
 
 Offset = Literal["symmetric", "zero", "minimum", "none"]
@@ -210,9 +210,9 @@ class GroupedFormat(TermFormat):
         """Round values to codes q with q s + offset nearest, packed."""
         packed = []
         for band, tiles in self.bands(values):
-            shape = tuple(band.shape)
-            s, o = self.tile.spread(scale[tiles], shape), self.tile.spread(offset[tiles], shape)
-            codes = ((band.float() - o) / s).round_().clamp_(0, self.top).to(torch.uint8)
+            steps = self.tile.split(band.float()) - self.tile.over(offset[tiles])
+            steps = steps.div_(self.tile.over(scale[tiles])).round_().clamp_(0, self.top)
+            codes = joined(steps.to(torch.uint8), tuple(band.shape))
             packed.append(pack_codes(codes, self.bits_per_code))
         return torch.cat(packed)
 

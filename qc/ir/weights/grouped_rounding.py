@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +22,30 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
 
 REFITS = 3
 """Rounds of: least squares for the grid, then codes anew. The fourth gains below 0.1%."""
+
+
+PRODUCTS_AT_ONCE = 1 << 22
+"""Products of codes and H that `solve_grids` holds: 16 MiB, which the caches hold."""
+
+STAY = 1e-6
+"""Part of the mean of the diagonal that is added to equations: what float32 products lose."""
+
+
+WEIGHTS_AT_ONCE = 1 << 15
+"""Weights of a band while ranges are searched: 128 KiB, of which the caches hold a few."""
+
+Grid = tuple[Tensor, Tensor, Tensor]
+"""Scale, offset and integer zero of every tile."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some rows of tiles of a matrix: weights [tiles, rows, tiles, cols], and their importance,
+    which is the same for all rows where it has one."""
+
+    tiles: slice
+    weights: Tensor
+    importance: Tensor
 
 
 class GroupedRounding(Rounding):
@@ -117,16 +143,29 @@ class GroupedRounding(Rounding):
     def searched(self, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the grids with the least weighted squared error: shrunken ranges, then least
         squares for the codes that they give, in turn."""
+        bands = list(self.bands(weights, importance))
         low, high = self.extremes(weights)
         best = self.range_of(low, high)
-        least, _ = self.error_of(weights, importance, best)
+        least = self.error_of(bands, best)
         for shrink in SHRINKS[1:]:
-            least = self.better(weights, importance, self.shrunken(low, high, shrink), best, least)
+            least = self.better(bands, self.shrunken(low, high, shrink), best, least)
         for _ in range(REFITS):
-            codes = self.error_of(weights, importance, best)[1]
-            tried = self.least_squares(weights, importance, codes, best)
-            least = self.better(weights, importance, tried, best, least)
+            least = self.better(bands, self.least_squares(bands, best), best, least)
         return best
+
+    def bands(self, weights: Tensor, importance: Tensor) -> Iterator[Band]:
+        """Cut a matrix and its importance into bands of whole tiles that the caches hold."""
+        tile = self.format.tile
+        rows = tile.size(tuple(weights.shape))[0]
+        tiles = max(1, WEIGHTS_AT_ONCE // (rows * weights.shape[1]))
+        alike = rows == 1 and importance.shape[0] == 1
+        each = importance if alike else importance.expand(weights.shape)
+        for number, band in enumerate(weights.split(tiles * rows)):
+            start = number * tiles
+            mass = each if alike else each[start * rows : start * rows + len(band)]
+            yield Band(
+                slice(start, start + -(-len(band) // rows)), tile.split(band), tile.split(mass)
+            )
 
     def shrunken(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the grid over a part of a range: around its middle, or around 0."""
@@ -136,28 +175,37 @@ class GroupedRounding(Rounding):
         return self.range_of(middle - half, middle + half)
 
     def better(
-        self, weights: Tensor, importance: Tensor, tried: tuple[Tensor, Tensor, Tensor],
-        best: tuple[Tensor, Tensor, Tensor], least: Tensor,
+        self, bands: Sequence[Band], tried: Grid, best: Grid, least: Tensor
     ) -> Tensor:  # fmt: skip
         """Keep what is better, tile by tile, in `best`; return the least errors."""
-        error, _ = self.error_of(weights, importance, tried)
+        error = self.error_of(bands, tried)
         chosen = error < least
         for held, found in zip(best, tried, strict=True):
             held[chosen] = found[chosen]
         return torch.where(chosen, error, least)
 
-    def error_of(
-        self, weights: Tensor, importance: Tensor, grid: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weighted squared error of each tile, and the codes."""
-        shape, tile = tuple(weights.shape), self.format.tile
-        read, start = self.as_plain(grid)
-        step, offset = tile.spread(some(read), shape), tile.spread(start, shape)
-        codes = ((weights - offset) / step).round_().clamp_(0, self.format.top)
-        wrong = (codes * step).add_(offset).sub_(weights).square_().mul_(importance)
-        return tile.reduced(wrong, "sum"), codes
+    def error_of(self, bands: Sequence[Band], grid: Grid) -> Tensor:
+        """Return the weighted squared error of each tile."""
+        read = self.as_divided(grid)
+        found = []
+        for band in bands:
+            codes, step, offset = self.codes_of(band, read)
+            wrong = codes.mul_(step).add_(offset).sub_(band.weights).square_()
+            found.append(wrong.mul_(band.importance).sum((1, 3)))
+        return torch.cat(found)
 
-    def as_plain(self, grid: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def codes_of(self, band: Band, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the codes of a band, and the steps and offsets of its tiles."""
+        step, offset = (each[band.tiles, None, :, None] for each in read)
+        codes = torch.sub(band.weights, offset).div_(step).round_().clamp_(0, self.format.top)
+        return codes, step, offset
+
+    def as_divided(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Return steps that can be divided by, and offsets, as `as_plain` reads them."""
+        read, start = self.as_plain(grid)
+        return some(read), start
+
+    def as_plain(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Return scale and offset in float16: stored as terms they cannot be judged one by one."""
         scale, offset, zero = grid
         read = scale.half().float()
@@ -171,20 +219,22 @@ class GroupedRounding(Rounding):
             return -zero * scale
         return -self.format.middle * scale if self.format.offset == "symmetric" else 0 * scale
 
-    def least_squares(
-        self, weights: Tensor, importance: Tensor, codes: Tensor,
-        grid: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return the grid with the least error for these codes."""
-        tile, shape = self.format.tile, tuple(weights.shape)
+    def least_squares(self, bands: Sequence[Band], grid: Grid) -> Grid:
+        """Return the grid with the least error for the codes that it gives now."""
         scale, offset, zero = grid
+        shift = torch.zeros_like(zero)
         if self.format.offset != "minimum":
             shift = zero if self.format.offset == "zero" else -self.offset_of(zero + 1, zero)
-            codes = codes - tile.spread(shift, shape)
-        mass = tile.reduced(importance.expand(shape), "sum")
-        q, w = (tile.reduced(each * importance, "sum") for each in (codes, weights))
-        qq = tile.reduced(codes.square() * importance, "sum")
-        qw = tile.reduced(codes * weights * importance, "sum")
+        read, sums = self.as_divided(grid), []
+        for band in bands:
+            codes, _, _ = self.codes_of(band, read)
+            codes -= shift[band.tiles, None, :, None]
+            mass = band.importance.expand(codes.shape)
+            weighed = codes * mass
+            q, w = weighed.sum((1, 3)), (band.weights * mass).sum((1, 3))
+            qq, qw = codes.mul_(weighed).sum((1, 3)), weighed.mul_(band.weights).sum((1, 3))
+            sums.append(torch.stack((mass.sum((1, 3)), q, w, qq, qw)))
+        mass, q, w, qq, qw = torch.cat(sums, 1)
         if self.format.offset != "minimum":
             found = torch.where(qq > 0, qw / some(qq), scale)
             return found, self.offset_of(found, zero), zero
@@ -219,36 +269,47 @@ def solve_grids(
     """Return scales s (and levels m) [out, groups] that minimise, for every row w of the target,
     (w - B p)^T H (w - B p), where B p = codes s + m group by group.
 
-    target, codes [in, out]; hessian float64 [in, in]. None where the equations are singular.
+    target, codes [in, out]; hessian [in, in]. None where the equations are singular. Products are
+    taken in float32, a band of rows at a time, the equations are solved in float64.
     """
     channels, rows = target.shape
     number = -(-channels // group)
     fill = number * group - channels
-    h = torch.nn.functional.pad(hessian.double(), (0, fill, 0, fill))
-    q = torch.nn.functional.pad(codes.T.double(), (0, fill))  # [out, in]
-    w = torch.nn.functional.pad(target.T.double(), (0, fill))
-
-    def by_group(values: Tensor) -> Tensor:
-        summed: Tensor = values.unflatten(-1, (number, group)).sum(-1)
-        return summed
-
-    hw = w @ h
-    a = torch.empty(rows, number * (1 + with_level), number * (1 + with_level)).double()
-    for each in range(number):
-        columns = slice(each * group, (each + 1) * group)
-        left = q[:, columns] @ h[columns]
-        a[:, each, :number] = by_group(left * q)
+    h = torch.nn.functional.pad(hessian.float(), (0, fill, 0, fill))
+    bands = h.view(number, group, -1)
+    q = torch.nn.functional.pad(codes.T, (0, fill)).view(rows, number, group)
+    hw = torch.nn.functional.pad(target.T, (0, fill)) @ h
+    between = h.view(number, group, number, group).sum((1, 3), dtype=torch.float64)
+    solved = []
+    at_once = max(1, PRODUCTS_AT_ONCE // (number * number * group))
+    for part, wanted in zip(
+        q.split(at_once), hw.view(rows, number, group).split(at_once), strict=True
+    ):
+        # basis [rows, groups, group, 1 or 2]: the codes of a group, and 1 for its level
+        basis = torch.stack((part, torch.ones_like(part)), 3) if with_level else part.unsqueeze(3)
+        left = torch.bmm(part.transpose(0, 1), bands)  # [groups, rows, in]
+        left = left.view(number, -1, number, group).permute(1, 2, 0, 3)
+        found = (left @ basis).double()  # [rows, groups, groups, 1 or 2]
+        a = found[..., 0]
+        b = (wanted.unsqueeze(2) @ basis).squeeze(2).double()
         if with_level:
-            a[:, each, number:] = by_group(left)
-    b = by_group(hw * q)
-    if with_level:
-        a[:, number:, :number] = a[:, :number, number:].transpose(1, 2)
-        a[:, number:, number:] = by_group(by_group(h).T)
-        b = torch.cat((b, by_group(hw)), 1)
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-7 * diagonal.mean(1, keepdim=True))
+            mixed = found[..., 1]  # [row, j, i]: codes of group i with the level of group j
+            even = between.expand(len(part), -1, -1)
+            a = torch.cat((torch.cat((a, mixed.mT), 2), torch.cat((mixed, even), 2)), 1)
+        b = b.transpose(1, 2).flatten(1)
+        solution = solve_rows((a + a.mT) / 2, b)
+        if solution is None:
+            return None
+        solved.append(solution)
+    whole = torch.cat(solved)
+    return whole[:, :number].contiguous(), whole[:, number:].contiguous() if with_level else None
+
+
+def solve_rows(a: Tensor, b: Tensor) -> Tensor | None:
+    """Return x with a x = b for every row, a [rows, n, n] positive definite but for rounding;
+    float32. None where one is not."""
+    a.diagonal(dim1=1, dim2=2).add_(STAY * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
     factor, info = torch.linalg.cholesky_ex(a)
     if bool(info.any()):
         return None
-    solved = torch.cholesky_solve(b.unsqueeze(2), factor).squeeze(2).float()
-    return solved[:, :number].contiguous(), solved[:, number:].contiguous() if with_level else None
+    return torch.cholesky_solve(b.unsqueeze(2), factor).squeeze(2).float()

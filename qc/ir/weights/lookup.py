@@ -297,10 +297,10 @@ def fit_band(values: Tensor, weights: Tensor, bits: int) -> Tensor:
     weights = weights.double().gather(1, order)
     mass, moment = sums_before(weights), sums_before(weights * values)
     table = first_table(values, weights, 1 << bits)
-    ends = table.new_tensor([0, values.shape[1]]).long().expand(len(table), 2)
     for _ in range(ROUNDS):
         cuts = torch.searchsorted(values, halfway(table))
-        edges = torch.cat([ends[:, :1], cuts, ends[:, 1:]], 1)
+        none = torch.zeros_like(cuts[:, :1])
+        edges = torch.cat([none, cuts, none + values.shape[1]], 1)
         inside = mass.gather(1, edges).diff()
         means = moment.gather(1, edges).diff() / torch.where(inside > 0, inside, 1)
         previous, table = table, torch.where(inside > 0, means, table)

@@ -64,7 +64,9 @@ def row_starts(chosen: Tensor) -> Tensor:
 
 def entry_rows(starts: Tensor) -> Tensor:
     """Invert `row_starts`: the row of every entry, i64."""
-    return torch.arange(len(starts) - 1).repeat_interleave(starts.diff().long())
+    return torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(
+        starts.diff().long()
+    )
 
 
 def verify_starts(starts: Tensor, entries: int) -> None:

@@ -48,8 +48,11 @@ class Tile:
     def spread(self, per_tile: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Repeat values [tiles, tiles] to float32[out, in]."""
         rows, cols = self.size(shape)
-        wide = per_tile.float().repeat_interleave(cols, 1)[:, : shape[1]]
-        return wide.repeat_interleave(rows, 0)[: shape[0]] if rows > 1 else wide
+        return joined(self.over(per_tile.float()).expand(-1, rows, -1, cols), shape)
+
+    def over(self, per_tile: Tensor) -> Tensor:
+        """Lay values [tiles, tiles] out so that they broadcast over what `split` returns."""
+        return per_tile[:, None, :, None]
 
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the minima and maxima of the tiles of a matrix."""
@@ -85,6 +88,11 @@ class Tile:
             case int(rows), 1:
                 return f"o{rows}"
         return f"t{self.rows or 'all'}x{self.cols or 'all'}"
+
+
+def joined(split: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Invert `split`: [tiles, rows, tiles, cols] to a matrix of `shape`."""
+    return split.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
 
 
 def _pad(values: Tensor, below: int, right: int, fill: float) -> Tensor:

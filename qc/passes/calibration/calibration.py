@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qc.errors import InputError, QcError
 from qc.ir import ops
+from qc.ir.device import parse_device
 from qc.ir.graph import Graph
 from qc.ir.node import Node
 from qc.ir.weights.weight import Weight
@@ -45,13 +46,16 @@ class Calibration:
 
     `data` is "self" (the model writes its own text, drawn with `seed`), texts, token ids, a .txt or
     .jsonl file, or anything that yields texts, token ids or records. Sequences are taken from the
-    front of the data. `bound` adds what only a model can say: how to tokenize, how to write.
+    front of the data. `device` is where the model runs over them: "cpu", "cuda", "cuda:1", or
+    "auto", a GPU where torch has one. `bound` adds what only a model can say: how to tokenize, how
+    to write.
     """
 
     data: Any = SELF
     num_calibration_samples: int = 128
     max_seq_length: int = 512
     seed: int = 0
+    device: str = "cpu"
     encode: Encode | None = field(default=None, repr=False)
     write: Graph | None = field(default=None, repr=False)
     start: int | None = field(default=None, repr=False)
@@ -69,6 +73,11 @@ class Calibration:
                 "calibration needs at least 1 sample of at least 2 tokens, not "
                 f"{self.num_calibration_samples} of {self.max_seq_length}"
             )
+
+    @property
+    def place(self) -> torch.device:
+        """The device; InputError where torch does not have it."""
+        return parse_device(self.device)
 
     def bound(
         self, graph: Graph, encode: Encode | None, start: int | None, context: int | None = None
@@ -88,7 +97,9 @@ class Calibration:
             if isinstance(self.data, str) and self.data == SELF:
                 if self.write is None:
                     raise QcError("the model writes its own text only where there is a model")
-                found = write_sequences(self.write, self.start, count, length, self.seed)
+                found = write_sequences(
+                    self.write, self.start, count, length, self.seed, self.place
+                )
             else:
                 found = read_sequences(self.data, self.encode, count, length)
             self.drawn.extend(found)
@@ -112,7 +123,7 @@ class Calibration:
         }
         missing = {node: wanted for node, wanted in missing.items() if wanted}
         if missing:
-            walk = Walk(graph, self.batches(graph))
+            walk = Walk(graph, self.batches(graph), self.place)
             ordered = sorted(missing, key=graph.positions.__getitem__)
             for step in plan_steps([node] for node in ordered):
                 found = walk.advance(step, missing)
@@ -162,9 +173,13 @@ class Calibration:
         the checkpoint, if there is one, and read from it in place of calling `visit`.
         """
         groups = linear_groups(graph, linears)
-        walk = Walk(graph, self.batches(graph))
+        walk = Walk(graph, self.batches(graph), self.place)
         compares = any(isinstance(each, Drift) for each in statistics)
-        original = Walk(graph, walk.batches) if compares and sequencing == "sequential" else None
+        original = (
+            Walk(graph, walk.batches, self.place)
+            if compares and sequencing == "sequential"
+            else None
+        )
 
         def advance(step: Step, wanted: Mapping[Node, Sequence[Statistic]]) -> Known:
             if original is None:

@@ -27,7 +27,7 @@ from qc.ir.weights.weight import Weight
 from qc.passes.calibration.coverage import Coverage
 
 FINGERPRINT = "fingerprint.json"
-VERSION = 1
+VERSION = 2
 """Raised by every change that gives other bits for the same fingerprint."""
 
 

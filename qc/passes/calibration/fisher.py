@@ -19,12 +19,13 @@ from torch import Tensor
 
 from qc.errors import InputError
 from qc.ir import ops
+from qc.ir.device import CPU, moved
 from qc.ir.graph import Graph
 from qc.ir.meaning import value_of
 from qc.ir.node import Node
 from qc.ir.threads import side_by_side
 from qc.passes.calibration.schedule import Step, linear_groups, plan_steps
-from qc.passes.calibration.walk import Batch, sizes_of
+from qc.passes.calibration.walk import Batch, placed, sizes_of
 
 if TYPE_CHECKING:
     from qc.passes.calibration.calibration import Calibration
@@ -53,21 +54,27 @@ def squared_gradients(
     if "logits" not in graph.output_names:
         raise InputError("gradients need a model with logits: there is no loss without them")
     chosen = calibration.sequences()[:samples]
-    backward = Backward(graph, parameters)
+    device = calibration.place
+    backward = Backward(graph, parameters, device)
     for first in range(0, len(chosen), TOGETHER):
         ids = chosen[first : first + TOGETHER]
-        backward.run([inputs_of(graph, each.unsqueeze(0)) for each in ids], ids)
-    for each in backward.sums.values():
-        each.square.div_(len(chosen))
-        each.magnitude.div_(len(chosen))
-    return backward.sums
+        batches = [placed(inputs_of(graph, each.unsqueeze(0)), device) for each in ids]
+        backward.run(batches, [each.to(device) for each in ids])
+    return {
+        node: Gradients(
+            moved(each.square.div_(len(chosen)), CPU), moved(each.magnitude.div_(len(chosen)), CPU)
+        )
+        for node, each in backward.sums.items()
+    }
 
 
 class Backward:
     """The graph cut at the inputs of its linears; sums of gradients of the chosen weights."""
 
-    def __init__(self, graph: Graph, parameters: Sequence[Node]) -> None:
-        self.graph = graph
+    def __init__(
+        self, graph: Graph, parameters: Sequence[Node], device: torch.device = CPU
+    ) -> None:  # fmt: skip
+        self.graph, self.device = graph, device
         self.logits = graph.output("logits")
         self.parameters = frozenset(parameters)
         linears = [n for n in graph.nodes if isinstance(n.op, ops.Linear)]
@@ -83,7 +90,9 @@ class Backward:
         numbers = range(len(batches))
         entering = [
             found
-            for _, found in side_by_side(lambda n: self.forward(batches[n], sizes[n]), numbers)
+            for _, found in side_by_side(
+                lambda n: self.forward(batches[n], sizes[n]), numbers, self.device
+            )
         ]
         flowing: list[dict[Node, Tensor]] = [{} for _ in numbers]
         partial: list[dict[Node, Tensor]] = [{} for _ in numbers]
@@ -96,7 +105,7 @@ class Backward:
                     return self.back(step, known, flowing[n], batches[n], sizes[n], ids[n])
 
             remaining.subtract(step.parameters)
-            for n, (flowed, found) in side_by_side(back, numbers):
+            for n, (flowed, found) in side_by_side(back, numbers, self.device):
                 flowing[n] = flowed
                 for parameter, gradient in found.items():
                     known = partial[n].pop(parameter, None)

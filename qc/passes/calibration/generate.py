@@ -13,11 +13,13 @@ from torch import Tensor
 
 from qc.errors import InputError
 from qc.ir import ops
+from qc.ir.device import CPU
 from qc.ir.graph import Graph
 from qc.ir.meaning import value_of
 from qc.ir.node import Node
 from qc.ir.target import Target
 from qc.ir.threads import side_by_side
+from qc.passes.calibration.walk import placed
 from qc.passes.prepare.explicit_cache import ExplicitCache, empty_cache
 
 ROWS = 32
@@ -25,8 +27,9 @@ ROWS = 32
 
 
 def write_sequences(
-    graph: Graph, start: int | None, count: int, length: int, seed: int
-) -> list[Tensor]:
+    graph: Graph, start: int | None, count: int, length: int, seed: int,
+    device: torch.device = CPU,
+) -> list[Tensor]:  # fmt: skip
     """Return `count` sequences i64[length] that the model of a canonical graph writes."""
     from qc.passes.pipeline import Context  # which names the calibration of a context
 
@@ -36,11 +39,11 @@ def write_sequences(
     sizes = [min(ROWS, count - first) for first in range(0, count, ROWS)]
 
     def write(number: int) -> list[Tensor]:
-        writer = Writer(with_cache, sizes[number], length, seed * len(sizes) + number)
+        writer = Writer(with_cache, sizes[number], length, seed * len(sizes) + number, device)
         return list(writer.write(0 if start is None else start))
 
     found: list[Tensor] = []
-    for _, rows in side_by_side(write, range(len(sizes))):
+    for _, rows in side_by_side(write, range(len(sizes)), device):
         found += rows
     return found
 
@@ -48,14 +51,17 @@ def write_sequences(
 class Writer:
     """Some rows of text on their way; keys and values lie in buffers that are never copied."""
 
-    def __init__(self, graph: Graph, rows: int, length: int, seed: int) -> None:
+    def __init__(
+        self, graph: Graph, rows: int, length: int, seed: int, device: torch.device = CPU
+    ) -> None:
         self.graph, self.rows, self.length = graph, rows, length
+        self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.fixed = {n: value_of(n, {}, {}, {}) for n in graph.parameters}
         logits = graph.output("logits")
         needed = Graph(graph.inputs, (logits,), ("logits",)).nodes
         self.order = [n for n in needed if n not in self.fixed]
-        self.past = empty_cache(graph, rows)
+        self.past = placed(empty_cache(graph, rows), device)
         self.buffers = {
             label: torch.empty(rows, length, *empty.shape[2:], dtype=empty.dtype)
             for label, empty in self.past.items()
@@ -68,10 +74,10 @@ class Writer:
     @torch.no_grad()
     def write(self, start: int) -> Tensor:
         """Draw all tokens: i64[rows, length]."""
-        text = torch.full((self.rows, self.length), start)
+        text = torch.full((self.rows, self.length), start, device=CPU)
         for place in range(self.length - 1):
-            logits = self.step(text[:, place : place + 1], place)
-            shares = torch.softmax(logits[:, -1].float(), -1)
+            logits = self.step(text[:, place : place + 1].to(self.device), place)
+            shares = torch.softmax(logits[:, -1].float(), -1).cpu()
             drawn = torch.multinomial(shares, 1, generator=self.generator)
             text[:, place + 1] = drawn[:, 0]
         return text

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qc.ir.device import CPU, moved
 from qc.ir.quantized import QuantizedTensor
 
 
@@ -39,6 +40,10 @@ class Statistic(ABC):
     def finished(self, known: Any) -> Any:
         """Return the result of all batches."""
         return known
+
+    def collected(self, result: Any) -> Any:
+        """Return a result on the CPU, wherever it was measured."""
+        return moved(result, CPU)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Moments(Statistic):
         return partial if known is None else (known[0] + partial[0], known[1] + partial[1])
 
     def finished(self, known: tuple[int, Tensor]) -> MomentValues:
-        tokens, sums = known
+        tokens, sums = known[0], known[1].cpu()
         return MomentValues(tokens, *(sums / max(1, tokens)))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qc.errors import QcError
+from qc.ir.device import CPU, moved
 from qc.ir.graph import Graph
 from qc.ir.meaning import bind_symbols, value_of
 from qc.ir.node import Node
@@ -28,14 +29,17 @@ class Walk:
     `advance(step)` computes a step for all batches and measures; `store(parameter, weight)` lets
     all later steps read another weight, which is how an error reaches what comes after it. Each
     batch is computed on one thread and measurements are added in the order of the batches: the
-    bits do not depend on how many threads there are.
+    bits do not depend on how many threads there are. Values lie on `device`, results on the CPU.
     """
 
-    def __init__(self, graph: Graph, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, graph: Graph, batches: Sequence[Batch], device: torch.device = CPU
+    ) -> None:  # fmt: skip
         if not batches:
             raise QcError("there are no calibration batches to evaluate the graph on")
         self.graph = graph
-        self.batches = batches
+        self.device = device
+        self.batches = [placed(batch, device) for batch in batches]
         self.sizes = [sizes_of(graph, batch) for batch in batches]
         self.known: list[dict[Node, Any]] = [{} for _ in batches]
         self.stored: dict[Node, Weight] = {}
@@ -59,7 +63,7 @@ class Walk:
         for partial in self.each_batch(step, lambda _, node, value: measured(wanted, node, value)):
             for key, found in partial:
                 sums[key] = key[1].merged(sums.get(key), found)
-        return {key: key[1].finished(total) for key, total in sums.items()}
+        return finished(sums)
 
     def each_batch(
         self, step: Step, watch: Callable[[int, Node, Any], list[Any]]
@@ -68,14 +72,15 @@ class Walk:
         values, in order."""
         shared = self.decoded(step)
         for _, found in side_by_side(
-            lambda number: self.compute(step, number, shared, watch), range(len(self.batches))
-        ):
+            lambda number: self.compute(step, number, shared, watch),
+            range(len(self.batches)), self.device,
+        ):  # fmt: skip
             yield found
         return_free_memory()
 
     def decoded(self, step: Step) -> dict[Node, Any]:
         """Return the values of the stored tensors that a step reads."""
-        return {p: self.weight(p).dense() for p in step.parameters}
+        return {p: moved(self.weight(p).dense(), self.device) for p in step.parameters}
 
     @torch.no_grad()
     def compute(
@@ -123,11 +128,21 @@ def advance_both(
             lambda _, node, value: measured(requests, node, value, plain.get(node)),
         )  # fmt: skip
 
-    for _, partial in side_by_side(compute, range(len(walk.batches))):
+    for _, partial in side_by_side(compute, range(len(walk.batches)), walk.device):
         for key, found in partial:
             sums[key] = key[1].merged(sums.get(key), found)
     return_free_memory()
-    return {key: key[1].finished(total) for key, total in sums.items()}
+    return finished(sums)
+
+
+def finished(sums: Mapping[tuple[Node, Statistic], Any]) -> dict[tuple[Node, Statistic], Any]:
+    """Return the results of all batches."""
+    return {key: key[1].collected(key[1].finished(total)) for key, total in sums.items()}
+
+
+def placed(batch: Batch, device: torch.device) -> Batch:
+    """Return the inputs of a graph on a device."""
+    return {label: value.to(device) for label, value in batch.items()}
 
 
 def uses(step: Step) -> dict[Node, int]:

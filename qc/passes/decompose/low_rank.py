@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qc.errors import FormatError
+from qc.ir.device import CPU, here, moved
 from qc.ir.graph import Graph
 from qc.ir.node import Node
 from qc.ir.threads import side_by_side
@@ -89,7 +90,7 @@ class SplitLowRank(Pass):
         def split(linear: Node) -> Weight:
             values = remainder(weight_of(linear))
             format = rank_format(self.format)
-            hessian = hessians.get((linear.inputs[0], Hessian()))
+            hessian = moved(hessians.get((linear.inputs[0], Hessian())), here())
             term = low_rank_term(format, *whitened_factors(values, format.rank, hessian))
             return decomposed(weight_of(linear), values - term.dense(), (term,))
 
@@ -139,7 +140,6 @@ class CompensateError(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         require_none(self.refusals(graph))
-        require_none(self.refusals(graph))
         linears = chosen_linears(graph, self.targets)
         hessians = context.data(self).measure(graph, of_inputs(linears)) if self.whiten else {}
         stored = self.inner.run(graph, context)
@@ -148,10 +148,12 @@ class CompensateError(Pass):
         def compensate(pair: tuple[Node, Node]) -> Term:
             old, new = pair
             error = values_of(old) - values_of(new)
-            hessian = hessians.get((old.inputs[0], Hessian()))
-            return low_rank_term(format, *whitened_factors(error, format.rank, hessian))
+            hessian = moved(hessians.get((old.inputs[0], Hessian())), here())
+            term = low_rank_term(format, *whitened_factors(error, format.rank, hessian))
+            return moved(term, CPU)
 
-        found = side_by_side(compensate, changed_pairs(graph, stored, linears))
+        place = context.data(self).place if self.whiten else CPU
+        found = side_by_side(compensate, changed_pairs(graph, stored, linears), place)
         return with_terms(stored, {new: term for (_, new), term in found}, self.name)
 
 

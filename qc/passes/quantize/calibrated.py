@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from qc.ir import ops
+from qc.ir.device import CPU, moved
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.threads import side_by_side
@@ -42,6 +44,10 @@ from qc.passes.quantize.round_to_nearest import (
     resized,
 )
 from qc.passes.stage import CANONICAL, QUANTIZED, Stage
+
+LARGE = 1 << 22
+"""Weights of a matrix from which on it is rounded where the model runs. A GPU starts about twenty
+operations a column, whatever their length: a smaller matrix is done sooner on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ class StoreByData(Pass):
             "pass": configuration,
             "calibration data": digest_tensors(calibration.sequences()),
             "model": digest_graph(graph),
+            "device": calibration.place.type,
         }
         opened = calibration.checkpoint.opened(f"{self.name}-{digest}", facts)
         return replace(calibration, checkpoint=opened)
@@ -154,27 +161,33 @@ class StoreByData(Pass):
         calibration: Calibration,
     ) -> dict[Node, Weight]:  # fmt: skip
         """Store the weights of linears that read one value; all arithmetic on single threads."""
-        hessian: Tensor = known[group.x, Hessian()]
-        prepared = on_one_thread(self.prepare, hessian, weight_of(group.parameters[0]).name)
-        drift: Tensor | None = known.get((group.x, Drift()))
-        change = None if drift is None else on_one_thread(self.correction, hessian, drift)
+        largest = max(weight_of(parameter).elements for parameter in group.parameters)
+        place = calibration.place if largest >= LARGE else CPU
+        hessian: Tensor = moved(known[group.x, Hessian()], place)
+        name = weight_of(group.parameters[0]).name
+        prepared = on_one_thread(place, self.prepare, hessian, name)
+        change: Tensor | None = None
+        if (group.x, Drift()) in known:
+            drift = moved(known[group.x, Drift()], place)
+            change = on_one_thread(place, self.correction, hessian, drift)
         wide = hessian.float()
+        weights = {p: moved_values(weight_of(p), place) for p in group.parameters}
 
-        def store(parameter: Node) -> tuple[Weight, float]:
-            weight = weight_of(parameter)
-            wanted = remainder(weight).float()
-            wanted = wanted if change is None else wanted + wanted @ change
-            terms = self.store(wanted, prepared, parameter)
-            require_storable(terms, weight)
-            stored = with_remainder(weight, terms)
-            values = weight.dense().float()
-            lost = output_error((values - stored.dense().float()).T, wide)
-            return stored, lost / max(output_error(values.T, wide), 1e-30)
+        def store(parameter: Node) -> tuple[tuple[Term, ...], float]:
+            wanted, values = weights[parameter]
+            changed = wanted if change is None else wanted + wanted @ change
+            terms = self.store(changed, prepared, parameter)
+            require_storable(terms, weight_of(parameter))
+            left = wanted - sum(term.dense().float() for term in terms)
+            lost = output_error(left.T, wide)
+            return terms, lost / max(output_error(values.T, wide), 1e-30)
 
         found: dict[Node, Weight] = {}
-        for parameter, (weight, error) in side_by_side(store, group.parameters):
-            found[parameter] = weight
-            calibration.coverage[weight.name] = Coverage(calibration.tokens(), error)
+        for parameter, (terms, error) in side_by_side(store, group.parameters, place):
+            stored = tuple(moved(term, CPU) for term in terms)
+            found[parameter] = with_remainder(weight_of(parameter), stored)
+            name = found[parameter].name
+            calibration.coverage[name] = Coverage(calibration.tokens(), error)
         return found
 
     def prepare(self, hessian: Tensor, name: str) -> Any:
@@ -198,12 +211,17 @@ class StoreByData(Pass):
         raise NotImplementedError
 
 
+def moved_values(weight: Weight, place: torch.device) -> tuple[Tensor, Tensor]:
+    """Return on a device what of a weight is to be stored, and all of it, in float32."""
+    return moved(remainder(weight).float(), place), moved(weight.dense().float(), place)
+
+
 def weight_of(parameter: Node) -> Weight:
     """Return the weight of a parameter."""
     assert isinstance(parameter.op, ops.Parameter)
     return parameter.op.weight
 
 
-def on_one_thread(function: Any, *arguments: Any) -> Any:
+def on_one_thread(place: torch.device, function: Any, *arguments: Any) -> Any:
     """Call a function with one torch thread, so that its bits are the same on every machine."""
-    return next(iter(side_by_side(lambda given: function(*given), [arguments])))[1]
+    return next(iter(side_by_side(lambda given: function(*given), [arguments], place)))[1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qc.errors import FormatError
+from qc.ir.device import CPU, moved
 from qc.ir.node import Node
 from qc.ir.weights.columns import OnColumnsFormat, columns_term
 from qc.ir.weights.parts import MILLION, share_of
@@ -68,7 +69,7 @@ class PartedRounding(Rounding):
             rounding = format.rounding((shape[0], len(index)))
             assert rounding is not None
             self.parts.append((format, index, rounding))
-            self.place |= {c: (rounding, i) for i, c in enumerate(index.tolist())}
+            self.place |= {c: (rounding, i) for i, c in enumerate(moved(index, CPU).tolist())}
 
     def fit(self, first: int, values: Tensor, importance: Tensor) -> None:
         for number in range(len(values)):
@@ -164,7 +165,8 @@ class ColumnCodebooks(StoreByData):
         kept = self.sparse_format(*values.shape)
         chosen = torch.zeros(columns.shape, dtype=torch.bool)
         if kept is not None:
-            top = set(ranked[: share_of(int(TOP_COLUMNS * MILLION), len(columns))].tolist())
+            leading = ranked[: share_of(int(TOP_COLUMNS * MILLION), len(columns))]
+            top = set(moved(leading, CPU).tolist())
 
             def exempt(column: int, wanted: Tensor, rounded: Tensor) -> Tensor:
                 share = TOP_SHARE if column in top else OTHER_SHARE

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from qc.errors import ModelError
+from qc.ir.device import CPU, moved
 from qc.ir.weights.rounding import Rounding
 
-LAZY = 128
-"""Columns between two updates of all that follow: GPTQ, section 3, step 2."""
+LAZY = 32
+"""Columns between two updates of all that follow: GPTQ, section 3, step 2. The paper's 128 keep a
+GPU busy; on a CPU the columns of one block then leave the caches."""
 
 ATTEMPTS = 5
 """Times the damping is raised tenfold until a factor exists; 10^5 times damps everything away."""
@@ -100,7 +102,8 @@ def feed_back(
     and returns the values to fit it to. Weights that are `exempt` leave no error. The loss is
     sum (w - q)^2 / U_ii^2, the error of the damped objective.
     """
-    order, factor = curvature.order.tolist(), curvature.factor
+    order, factor = moved(curvature.order, CPU).tolist(), curvature.factor
+    steps = moved(factor.diagonal(), CPU).tolist()
     left = values[curvature.order].contiguous()
     left[curvature.dead[curvature.order]] = 0
     result = torch.empty_like(left)
@@ -109,7 +112,7 @@ def feed_back(
     loss = 0.0
     for first in range(0, len(left), block):
         last = min(first + block, len(left))
-        errors = torch.zeros(last - first, left.shape[1])
+        errors = torch.empty(last - first, left.shape[1])
         for i in range(first, last):
             if not fitted and i % rounding.group == 0:
                 group = slice(i, min(i + rounding.group, len(left)))
@@ -123,8 +126,7 @@ def feed_back(
             if kept is not None:
                 q = torch.where(kept, w, q)
             result[i] = q
-            error = (w - q).div_(factor[i, i])
-            errors[i - first] = error
+            error = torch.sub(w, q, out=errors[i - first]).div_(steps[i])
             if i + 1 < last:
                 left[i + 1 : last].addr_(factor[i, i + 1 : last], error, alpha=-1)
         loss += float(errors.square().sum(dtype=torch.float64))
@@ -141,16 +143,18 @@ def descend(values: Tensor, curvature: Curvature, rounding: Rounding, current: T
     never rises. Behdin et al. 2023 (QuantEase), algorithm 2; blocks of columns as in GPTQ.
     """
     h = curvature.hessian.float()
-    wanted = torch.where(curvature.dead.unsqueeze(1), 0.0, values)
+    inverse = moved(1 / h.diagonal(), CPU).tolist()
+    left = torch.where(curvature.dead.unsqueeze(1), 0.0, values).sub_(current)
     rounded = current.clone()
     for first in range(0, len(h), LAZY):
         last = min(first + LAZY, len(h))
-        pull = h[first:last] @ (wanted - rounded)
-        own = h[first:last, first:last]
+        pull = h[first:last] @ left
         for i in range(first, last):
-            old = rounded[i]
-            new = rounding.round(i, old + pull[i - first] / own[i - first, i - first])
-            pull.addr_(own[:, i - first], new - old, alpha=-1)
+            new = rounding.round(i, torch.add(rounded[i], pull[i - first], alpha=inverse[i]))
+            change = new - rounded[i]
+            if i + 1 < last:
+                pull[i + 1 - first :].addr_(h[i + 1 : last, i], change, alpha=-1)
+            left[i] -= change
             rounded[i] = new
     return rounded
 

@@ -10,6 +10,7 @@ from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
+from qc.ir.threads import one_torch_thread
 from qc.ir.weights.notation import parse_term
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
 from qc.passes.pipeline import Context, Pass
@@ -45,7 +46,8 @@ class StoreTables(Pass):
         return f"StoreTables({str(self.format)!r}, {str(self.computed)!r})"
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        return self.stored(graph, stored_as)
+        with one_torch_thread():
+            return self.stored(graph, stored_as)
 
     def preview(self, graph: Graph) -> Graph:
         """Return the graph with formats in place of stored values, as if every table fitted."""

@@ -11,7 +11,7 @@ GPTQ = Recipe(
     paper="Frantar et al. 2022, GPTQ, arXiv 2210.17323, algorithm 1",
     claims=(
         "3 bits, g64: gptq < rtn in perplexity",
-        "3 bits, g64: gptq with act-order <= gptq without",
+        "3 bits, g64: gptq with act-order < gptq without",
         "the gap between rtn and gptq is larger at 3 bits than at 4",
     ),
 )

@@ -13,16 +13,22 @@ class Recipe:
     """Passes that turn a canonical graph into a quantized one.
 
     `paper` says where the method is from; `claims` are ordinal sentences that tests run.
+    `calibrated` are the passes where the user gives data to calibrate on; () for the same.
     """
 
     name: str
     passes: tuple[Pass, ...]
     paper: str = ""
     claims: tuple[str, ...] = ()
+    calibrated: tuple[Pass, ...] = ()
 
     @property
     def pipeline(self) -> Pipeline:
         return Pipeline(self.passes)
+
+    def with_data(self, passes: tuple[Pass, ...]) -> Recipe:
+        """Return the recipe with other passes where there is data to calibrate on."""
+        return replace(self, calibrated=passes)
 
     def __add__(self, more: Sequence[Pass]) -> Recipe:
         return replace(self, passes=(*self.passes, *more))

@@ -1,4 +1,4 @@
-"""w8, w4, w3, w2, w8a16, w4a16: round-to-nearest in groups of 32.
+"""w8, w4, w8a16, w4a16, w3_rtn, w2_rtn: round-to-nearest in groups of 32.
 
 `wN` also quantizes the activations of those linears to int8, in the same groups; `wNa16` keeps
 them in floating point. Vocabulary tables are stored in int8, a scale a row, tables of positions in
@@ -23,8 +23,12 @@ INT8_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, 32)),)
 
 W8A16 = Recipe("w8a16", (*STORE, RoundToNearest(GroupedFormat(8, 32, "symmetric"))))
 W4A16 = Recipe("w4a16", (*STORE, RoundToNearest(GroupedFormat(4, 32, "minimum"))))
-W3 = Recipe("w3", (*STORE, RoundToNearest(GroupedFormat(3, 32, "minimum")), *INT8_ACTIVATIONS))
-W2 = Recipe("w2", (*STORE, RoundToNearest(GroupedFormat(2, 32, "minimum")), *INT8_ACTIVATIONS))
+W3_RTN = Recipe(
+    "w3_rtn", (*STORE, RoundToNearest(GroupedFormat(3, 32, "minimum")), *INT8_ACTIVATIONS)
+)
+W2_RTN = Recipe(
+    "w2_rtn", (*STORE, RoundToNearest(GroupedFormat(2, 32, "minimum")), *INT8_ACTIVATIONS)
+)
 W8 = Recipe("w8", (*W8A16.passes, *INT8_ACTIVATIONS))
 W4 = Recipe(
     "w4",

@@ -19,5 +19,5 @@ SMOOTHQUANT_PLUS = Recipe(
         RoundToNearest("f16"),
     ),
     paper="SmoothQuant+: Pan, Wang et al. 2023, arXiv 2312.03788",
-    claims=("3 bits, g64: smoothquant_plus <= rtn in perplexity",),
+    claims=("3 bits, g64: smoothquant_plus < rtn in perplexity",),
 )

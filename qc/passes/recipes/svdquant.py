@@ -33,7 +33,7 @@ SVDQUANT = Recipe(
         QuantizeActivations(INT4),
     ),
     paper=PAPER,
-    claims=("4 bits, g64, 4-bit activations: svdquant < smoothing alone < rtn in perplexity",),
+    claims=("4 bits, g64, 4-bit activations: svdquant < smoothing alone < rtn",),
 )
 SVDQUANT_A16 = Recipe(
     "svdquant_a16",

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qc.ir.device import CPU, here, moved
 from qc.ir.graph import Graph
 from qc.ir.node import Node
 from qc.ir.rewrite import substitute
@@ -83,11 +84,12 @@ class AwqScales(ForFormat):
 
         def search(group: LinearGroup) -> Tensor:
             magnitudes = shared_mean(graph, group, known[group.x, Moments()].absolute)
-            return self.best_scales(group, magnitudes, known[group.x, Hessian()])
+            hessian = moved(known[group.x, Hessian()], here())
+            return moved(self.best_scales(group, moved(magnitudes, here()), hessian), CPU)
 
         replacements: dict[Node, Node] = {}
         scales: dict[Node, Tensor] = {}
-        for number, (group, found) in enumerate(side_by_side(search, groups)):
+        for number, (group, found) in enumerate(side_by_side(search, groups, calibration.place)):
             if not bool((found == 1).all()):
                 changed = smoothed_together(group.linears, found)
                 replacements |= zip(group.linears, changed, strict=True)

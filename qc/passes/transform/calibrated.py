@@ -62,10 +62,10 @@ def shared_mean(graph: Graph, group: LinearGroup, magnitudes: Tensor) -> Tensor:
     writer = writer_of(graph, group.x, group.linears)
     if writer is None:
         return magnitudes
-    size = writer.channels
-    total = magnitudes.new_zeros(size).index_add_(0, writer.index, magnitudes)
-    count = torch.bincount(writer.index, minlength=size)
-    return (total / count)[writer.index]
+    size, index = writer.channels, writer.index.to(magnitudes.device)
+    total = magnitudes.new_zeros(size).index_add_(0, index, magnitudes)
+    count = torch.bincount(index, minlength=size)
+    return (total / count)[index]
 
 
 def first_sequences(calibration: Calibration, count: int) -> Calibration:

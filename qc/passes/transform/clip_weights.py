@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qc.ir import ops
+from qc.ir.device import CPU, here, moved
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.rewrite import substitute
@@ -93,7 +94,7 @@ class ClipWeights(ForFormat):
         format = parse_weights(self.format)
 
         def clip(linear: Node) -> Node:
-            hessian = known[linear.inputs[0], Hessian()]
+            hessian = moved(known[linear.inputs[0], Hessian()], here())
             weight = values_of(linear)
             values = search_clipping(
                 weight, hessian, self.group or group_of(format, weight.shape[1]),
@@ -101,10 +102,10 @@ class ClipWeights(ForFormat):
             )  # fmt: skip
             x, parameter, *rest = linear.inputs
             origin = linear.origin.touched_by(self.name)
-            return make(linear.op, x, storing(parameter, values), *rest, origin=origin)
+            return make(linear.op, x, storing(parameter, moved(values, CPU)), *rest, origin=origin)
 
         replacements: dict[Node, Node] = {}
-        for number, (linear, clipped) in enumerate(side_by_side(clip, linears)):
+        for number, (linear, clipped) in enumerate(side_by_side(clip, linears, calibration.place)):
             replacements[linear] = clipped
             context.progress(f"clip {linear.origin.module}", (number + 1) / len(linears))
         after = substitute(graph, replacements)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from qc.ir import ops
+from qc.ir.device import CPU, computing_on, here
 from qc.ir.graph import Graph
 from qc.ir.node import Node, make
 from qc.ir.weights.dense import dense_weight
@@ -31,10 +32,12 @@ def targeted(graph: Graph, targets: str) -> Iterator[Node]:
 
 
 def values_of(linear: Node) -> Tensor:
-    """Return the weight of a linear, float32[out, in]."""
+    """Return the weight of a linear, float32[out, in], on the device that computes."""
     parameter = linear.inputs[1].op
     assert isinstance(parameter, ops.Parameter)
-    return parameter.weight.dense().float()
+    place = here()
+    with computing_on(CPU):  # where weights are stored
+        return parameter.weight.dense().float().to(place)
 
 
 def parameter_name(linear: Node) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qc.ir.device import CPU, here, moved
 from qc.ir.graph import Graph
 from qc.ir.node import Node
 from qc.ir.quantized import quantize_activation
@@ -53,7 +54,8 @@ def leading_part(values: Tensor, rank: int, seed: int = 0) -> Tensor:
         return torch.zeros_like(values)
     width = min(rank + 8, *values.shape)
     generator = torch.Generator().manual_seed(seed)
-    basis = values @ torch.randn(values.shape[1], width, generator=generator)
+    drawn = torch.randn(values.shape[1], width, generator=generator, device=CPU).to(values.device)
+    basis = values @ drawn
     for _ in range(2):
         basis = torch.linalg.qr(basis).Q
         basis = values @ torch.linalg.qr(values.T @ basis).Q
@@ -112,11 +114,12 @@ class MigrateOutliers(ForFormat):
 
         def search(group: LinearGroup) -> Tensor:
             largest = shared_mean(graph, group, known[group.x, AbsMax()])
-            return self.best_scales(group, largest, known[group.x, SAMPLES], graph)
+            samples = moved(known[group.x, SAMPLES], here())
+            return moved(self.best_scales(group, moved(largest, here()), samples, graph), CPU)
 
         replacements: dict[Node, Node] = {}
         scales: dict[Node, Tensor] = {}
-        for number, (group, found) in enumerate(side_by_side(search, groups)):
+        for number, (group, found) in enumerate(side_by_side(search, groups, calibration.place)):
             scales[group.x] = found
             changed = smoothed_together(group.linears, found)
             replacements |= zip(group.linears, changed, strict=True)

@@ -27,7 +27,27 @@ _SET_DEPENDENCIES = 1  # CU_STREAM_SET_CAPTURE_DEPENDENCIES
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _OUT_OF_MEMORY = 2
 
+_BESIDE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
 Handle = ctypes.c_void_p
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a kind, and a value of up to 64 bytes."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint64 * 8),
+    ]  # fmt: skip
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", Handle), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (ctypes.c_uint,),
@@ -53,6 +73,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuLaunchKernel": (
         Handle, *([ctypes.c_uint] * 7), Handle, ctypes.POINTER(Handle), ctypes.POINTER(Handle),
     ),
+    "cuLaunchKernelEx": (
+        ctypes.POINTER(_Configuration), Handle, ctypes.POINTER(Handle), ctypes.POINTER(Handle),
+    ),
     "cuStreamCreate": (ctypes.POINTER(Handle), ctypes.c_uint),
     "cuStreamSynchronize": (Handle,),
     "cuStreamBeginCapture_v2": (Handle, ctypes.c_int),
@@ -74,6 +97,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuEventElapsedTime": (ctypes.POINTER(ctypes.c_float), Handle, Handle),
     "cuEventDestroy_v2": (Handle,),
 }  # fmt: skip
+_SINCE_CUDA_12 = frozenset({"cuLaunchKernelEx"})
+"""What older drivers lack, and only GPUs that they do not know are asked to do."""
 
 
 def find_driver(library: str = LIBRARY) -> Driver:
@@ -120,6 +145,8 @@ class Driver:
             try:
                 call = getattr(library, name)
             except AttributeError:
+                if name in _SINCE_CUDA_12:
+                    continue
                 raise _no_gpu(f"its driver lacks {name}") from None
             call.argtypes, call.restype = types, ctypes.c_int
             self._calls[name] = call
@@ -223,6 +250,17 @@ class Driver:
             "cuLaunchKernel", function.handle, *grid, function.threads, 1, 1, function.shared,
             self.stream, arguments, None,
         )  # fmt: skip
+
+    def launch_beside(self, function: Function, grid: Sequence[int], arguments: Any) -> None:
+        """Put a launch on the stream that may begin before the one in front has ended: its kernel
+        waits by itself."""
+        value = _Attribute(kind=_BESIDE)
+        value.value[0] = 1
+        wanted = _Configuration(
+            tuple(grid), (function.threads, 1, 1), function.shared, self.stream,
+            ctypes.pointer(value), 1,
+        )  # fmt: skip
+        self.call("cuLaunchKernelEx", ctypes.byref(wanted), function.handle, arguments, None)
 
     def begin_capture(self) -> None:
         """Record what follows on the stream instead of running it."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qc.errors import ArtifactError
 from qc.runtime.cuda.driver import LIBRARY, Driver, Function, find_driver
 from qc.runtime.cuda.memory import DeviceMemory, DeviceState, Staging, round_up
-from qc.runtime.cuda.order import Access, dependencies
+from qc.runtime.cuda.order import Access, Span, dependencies, late_starts
 from qc.runtime.dtypes import DType
 from qc.runtime.executor import Binding, Executor, Program, StepList
 from qc.runtime.expression import Expression, parse_expression
@@ -48,6 +48,7 @@ HIDDEN_POINTERS = 2
 """Triton's kernels take two more pointers, to scratch memory that these have no use for."""
 SLOT = 16
 """Bytes from one size in memory to the next: kernels count on addresses that are multiples."""
+_FIRST_TO_OVERLAP = 90
 _RUNS_BEFORE_GRAPH = 1
 """A call that came once may not come again; recording one costs about as much as running it."""
 
@@ -84,12 +85,19 @@ class CudaProgram(Program):
     def _device(self) -> Device:
         driver = find_driver(self.library_name)
         images: dict[str, bytes] = {}
+        chosen = {
+            name: fitting_binary(driver, name, code) for name, code in self.manifest.code.items()
+        }
         functions = {
-            name: load_code(driver, self.folder, name, code, images)
+            name: load_code(driver, self.folder, chosen[name], code, images)
             for name, code in self.manifest.code.items()
         }
+        overlapping = all(
+            code.overlaps and begins_launches_early(chosen[name])
+            for name, code in self.manifest.code.items()
+        )
         memory, addresses = upload_weights(driver, self.weights)
-        return Device(driver, functions, memory, addresses)
+        return Device(driver, functions, memory, addresses, overlapping)
 
     def executor(self) -> CudaExecutor:
         return CudaExecutor(self)
@@ -101,12 +109,14 @@ class CudaProgram(Program):
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, the kernels that are loaded on it, and the addresses of the weights by value."""
+    """A GPU, the kernels that are loaded on it, and the addresses of the weights by value.
+    `overlapping`: all kernels wait by themselves for the launches in front of them."""
 
     driver: Driver
     functions: Mapping[str, Function]
     memory: DeviceMemory
     addresses: Mapping[int, int]
+    overlapping: bool = False
 
 
 def upload_weights(
@@ -122,11 +132,16 @@ def upload_weights(
     return memory, addresses
 
 
+def begins_launches_early(binary: Binary) -> bool:
+    """Say whether machine code was made for GPUs that begin a launch before the last has ended."""
+    kind, _, number = binary.architecture.rpartition("_")
+    return kind == "sm" and int(number) >= _FIRST_TO_OVERLAP
+
+
 def load_code(
-    driver: Driver, folder: Path, name: str, code: Code, images: dict[str, bytes]
+    driver: Driver, folder: Path, binary: Binary, code: Code, images: dict[str, bytes]
 ) -> Function:
     """Load a kernel from its file for this GPU. Raises ArtifactError."""
-    binary = fitting_binary(driver, name, code)
     if binary.file not in images:
         try:
             images[binary.file] = (folder / binary.file).read_bytes()
@@ -214,7 +229,7 @@ class CudaBinding(Binding):
         executor: CudaExecutor,
     ) -> None:
         # Nothing of the native tables is needed, so the base class is not initialised.
-        self._driver = program.device.driver
+        self._driver, self._overlapping = program.device.driver, program.device.overlapping
         self._symbols = dict(sizes) | {PAST: 0}
         self._memo: dict[Dim, int] = {}
         self._runs, self._graph = 0, ctypes.c_void_p()
@@ -272,22 +287,37 @@ class CudaBinding(Binding):
 
     def _record(self) -> None:
         """Make a graph of everything, in which launches wait only for what they need."""
-        driver, nodes = self._driver, list[int]()
-        order = [launch.access for launch in self._launches]
-        driver.begin_capture()
+        self._driver.begin_capture()
         try:
             self._in.upload()
-            first = driver.recorded()
-            for launch, waits in zip(self._launches, dependencies(order), strict=True):
-                driver.wait_for([nodes[number] for number in sorted(waits)] or first)
-                launch.enqueue(driver)
-                nodes += driver.recorded()
-            driver.wait_for(nodes or first)
+            if self._overlapping:
+                self._record_line()
+            else:
+                self._record_branches()
             self._out.download()
         except BaseException:
             self._driver.refused("cuStreamEndCapture", self._driver.stream, ctypes.byref(Handle()))
             raise
         self._graph = self._driver.end_capture()
+
+    def _record_line(self) -> None:
+        """Record launches that wait by themselves: each begins while the one in front ends."""
+        order = [launch.access for launch in self._launches]
+        for number, (launch, late) in enumerate(
+            zip(self._launches, late_starts(order), strict=True)
+        ):
+            launch.enqueue(self._driver, beside=number > 0, late=late)
+
+    def _record_branches(self) -> None:
+        """Record launches that begin when those have ended that touch the same memory."""
+        driver, nodes = self._driver, list[int]()
+        order = [launch.access for launch in self._launches]
+        first = driver.recorded()
+        for launch, waits in zip(self._launches, dependencies(order), strict=True):
+            driver.wait_for([nodes[number] for number in sorted(waits)] or first)
+            launch.enqueue(driver)
+            nodes += driver.recorded()
+        driver.wait_for(nodes or first)
 
     def profile(self, past: int = 0) -> NDArray[np.float64]:
         """Run all steps like `run`, one by one, and return the seconds that each took."""
@@ -334,15 +364,22 @@ class Launch:
         self.slots = slots  # the driver reads them through `arguments`
         self.arguments = (Handle * len(slots))(*[ctypes.addressof(slot) for slot in slots])
 
-    def enqueue(self, driver: Driver) -> None:
-        """Put the launch on the stream. Raises ArtifactError."""
+    def enqueue(self, driver: Driver, beside: bool = False, late: bool = False) -> None:
+        """Put the launch on the stream; `beside`: it may begin before the one in front has ended,
+        and wait for it `late`. Raises ArtifactError."""
+        put = driver.launch_beside if beside else driver.launch
+        if late:
+            self.slots[-HIDDEN_POINTERS - 1].value = 1
         try:
-            driver.launch(self.function, self.grid, self.arguments)
+            put(self.function, self.grid, self.arguments)
         except ArtifactError as error:
             raise ArtifactError(
                 f"kernel {self.step.kernel!r} failed: {error.message}",
                 origin=self.step.origin or None,
             ) from None
+        finally:
+            if late:
+                self.slots[-HIDDEN_POINTERS - 1].value = 0
 
 
 @dataclass(frozen=True)
@@ -375,10 +412,14 @@ class LaunchWriter:
 
     def access(self, step: KernelStep) -> Access:
         """Return the memory of the values that a step reads and writes."""
+
+        def spans(indices: Sequence[int], late: bool) -> tuple[Span, ...]:
+            return tuple(self.span(i) for i in indices if (i in step.late) == late)
+
         return Access(
-            tuple(self.span(index) for index in step.reads),
-            tuple(self.span(index) for index in step.writes),
-        )
+            spans(step.reads, False), spans(step.writes, False),
+            spans(step.reads, True), spans(step.writes, True),
+        )  # fmt: skip
 
     def span(self, index: int) -> tuple[int, int]:
         """Return where a value lies."""

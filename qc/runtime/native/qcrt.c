@@ -31,11 +31,13 @@ enum {
   QC_MAX_THREADS = 1024,  /* far above any useful count; bounds a mistaken request */
   QC_ERROR_BYTES = 1024,
   QC_SPINS_A_LOOK = 64,   /* pauses between two looks at the clock, or two yields */
+  QC_TASKS_A_THREAD = 8,  /* of a launch, where that does not make more than... */
+  QC_MANY_TASKS = 32,     /* claims of one counter, one after another */
 };
 
-/* How long an idle worker spins before it sleeps. The gap between two kernels is well below it; the
- * gap between two tokens usually is. A sleeping worker takes about 50 us to wake. */
-static const int64_t QC_SPIN_NANOSECONDS = 300 * 1000;
+/* Nanoseconds that a thread spins before it sleeps. The gap between two kernels is well below what a
+ * worker spins; the gap between two tokens usually is. A sleeping thread takes about 50 us to wake. */
+static const int64_t QC_WORKER_SPINS = 300 * 1000, QC_LAUNCHER_SPINS = 100 * 1000;
 
 static inline void qc_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -150,43 +152,46 @@ QC_FOR_KERNELS int TVMBackendFreeWorkspace(int device_type, int device_id, void 
 
 /* TVMParallelGroupEnv. */
 typedef struct qc_group {
-  void *sync; /* the qc_pool, or NULL when there is one task */
+  void *sync; /* the qc_pool where the tasks run at the same time, or NULL */
   int32_t num_task;
 } qc_group;
 
 /* FTVMParallelLambda: run part `task_id` of `group->num_task`. */
 typedef int (*qc_task)(int task_id, qc_group *group, void *closure);
 
-typedef struct qc_worker {
-  pthread_t thread;
-  int task_id;         /* 1, 2, ...; the launching thread is 0 */
-  uint32_t generation; /* of the pool when this worker was started */
-} qc_worker;
-
+/* A launch is cut into more tasks than there are threads, and whoever is free claims the next one: a
+ * thread that the system has taken its CPU from, or whose CPU is slower for a while, holds up the task
+ * that it is in, and not its whole share. */
 typedef struct qc_pool {
   /* Held through a run, a change of the thread count and a fork: whoever holds it owns every plain
-   * field below, and hands the fields of a launch to the workers through `generation`. */
+   * field below, and hands the fields of a launch to the workers through `tickets`. */
   pthread_mutex_t run_lock;
   int wanted; /* threads, the launching one included; 0: not yet known */
   int count;  /* of workers that run; 0 before the first launch */
-  qc_worker *workers;
+  pthread_t *workers;
+  bool crowded; /* more threads than CPUs: waiting threads sleep at once */
+  uint32_t launches;
 
-  /* The launch at hand: written before `generation` is raised, read by workers after they saw it. */
+  /* The launch at hand: written before `tickets`, read by who has claimed one of its tasks. The next
+   * launch comes after the last of them is done. */
   qc_task task;
   void *closure;
   qc_group group;
-  bool stopping;
 
-  /* Raised once a launch. Raised with seq_cst, as the counterpart of `sleepers`. */
+  /* The number of the launch, above the count of its tasks that nobody has claimed: one word, so that
+   * a thread that was away for some launches cannot claim a task that it has not seen. */
+  _Alignas(QC_LINE) _Atomic uint64_t tickets;
+  /* Tasks of the launch that are not done. Decremented and read in an order that passes on what the
+   * tasks wrote to the launching thread, which may sleep on it. */
+  _Alignas(QC_LINE) atomic_uint unfinished;
+  atomic_int launcher_sleeps;
+  /* Raised once a launch, for those who sleep. A worker counts itself in `sleepers` and then looks at
+   * `generation` again; a launch raises `generation` and then looks at `sleepers`. Both orders are
+   * seq_cst, so at least one of the two sees the other: a worker never sleeps through a launch, and no
+   * system call is made while all workers spin. */
   _Alignas(QC_LINE) atomic_uint generation;
-  /* Workers that sleep or are about to. A worker counts itself here and then looks at `generation`
-   * again; a launch raises `generation` and then looks here. Both orders are seq_cst, so at least one
-   * of the two sees the other: a worker never sleeps through a launch, and no system call is made
-   * while all workers spin. */
   atomic_int sleepers;
-  /* Workers that have not finished the launch. Decremented with release, read with acquire: what the
-   * tasks wrote is visible to the launching thread. */
-  _Alignas(QC_LINE) atomic_int pending;
+  atomic_bool stopping;
   /* Set when a task fails; lets the others leave a barrier that will never fill. */
   atomic_int failed;
   /* The barrier: `arrived` counts, the last one to arrive resets it and raises `phase`. */
@@ -209,34 +214,46 @@ static long qc_futex(atomic_uint *word, int operation, uint32_t value) {
   return syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, NULL, NULL, 0);
 }
 
-/* Wait for a launch after `seen`: spin for a while, then sleep. The spinning yields, because on a
- * busy machine both threads may be on one CPU, where the launch would wait for the end of the spin. */
-static void qc_await_launch(qc_pool *pool, uint32_t seen) {
+/* Spin until `word` is no longer `value`, or for some time; say whether it changed. Spinning does not
+ * yield: on a busy machine the system would give the CPU away for milliseconds, at every launch. */
+static bool qc_spin(qc_pool *pool, atomic_uint *word, uint32_t value, int64_t nanoseconds) {
   int64_t deadline = 0;
-  for (;;) {
+  while (!pool->crowded) {
     for (int i = 0; i < QC_SPINS_A_LOOK; i++) {
-      if (atomic_load_explicit(&pool->generation, memory_order_acquire) != seen) return;
+      if (atomic_load_explicit(word, memory_order_acquire) != value) return true;
       qc_pause();
     }
     int64_t now = qc_nanoseconds();
-    if (!deadline) deadline = now + QC_SPIN_NANOSECONDS;
-    if (now < deadline) {
-      sched_yield(); /* the launching thread may be waiting for this very CPU */
-      continue;
-    }
-    atomic_fetch_add_explicit(&pool->sleepers, 1, memory_order_seq_cst);
-    /* The kernel compares again, under its own lock, so a launch from here on wakes us or is seen. */
-    while (atomic_load_explicit(&pool->generation, memory_order_seq_cst) == seen)
-      qc_futex(&pool->generation, FUTEX_WAIT, seen);
-    atomic_fetch_sub_explicit(&pool->sleepers, 1, memory_order_relaxed);
-    return;
+    if (!deadline) deadline = now + nanoseconds;
+    if (now >= deadline) break;
   }
+  return false;
+}
+
+/* Wait for a launch after `seen`: spin for a while, then sleep. */
+static void qc_await_launch(qc_pool *pool, uint32_t seen) {
+  if (qc_spin(pool, &pool->generation, seen, QC_WORKER_SPINS)) return;
+  atomic_fetch_add_explicit(&pool->sleepers, 1, memory_order_seq_cst);
+  /* The kernel compares again, under its own lock, so a launch from here on wakes us or is seen. */
+  while (atomic_load_explicit(&pool->generation, memory_order_seq_cst) == seen)
+    qc_futex(&pool->generation, FUTEX_WAIT, seen);
+  atomic_fetch_sub_explicit(&pool->sleepers, 1, memory_order_relaxed);
 }
 
 static void qc_raise_generation(qc_pool *pool) {
   atomic_fetch_add_explicit(&pool->generation, 1, memory_order_seq_cst);
   if (atomic_load_explicit(&pool->sleepers, memory_order_seq_cst))
     qc_futex(&pool->generation, FUTEX_WAKE, INT32_MAX);
+}
+
+/* Claim a task of the launch at hand; -1 where none is left. */
+static int qc_claim(qc_pool *pool) {
+  uint64_t tickets = atomic_load_explicit(&pool->tickets, memory_order_acquire);
+  while ((uint32_t)tickets)
+    if (atomic_compare_exchange_weak_explicit(&pool->tickets, &tickets, tickets - 1,
+                                              memory_order_acquire, memory_order_acquire))
+      return pool->group.num_task - (int)(uint32_t)tickets;
+  return -1;
 }
 
 static void qc_do_task(qc_pool *pool, int task_id) {
@@ -247,16 +264,35 @@ static void qc_do_task(qc_pool *pool, int task_id) {
   qc_this_role = before;
 }
 
+/* Do tasks of the launch at hand until none is left to claim. */
+static void qc_help(qc_pool *pool) {
+  for (int task_id; (task_id = qc_claim(pool)) >= 0;) {
+    qc_do_task(pool, task_id);
+    /* seq_cst as in qc_raise_generation: the last one sees that the launcher sleeps, or it sees 0 */
+    if (atomic_fetch_sub_explicit(&pool->unfinished, 1, memory_order_seq_cst) == 1 &&
+        atomic_load_explicit(&pool->launcher_sleeps, memory_order_seq_cst))
+      qc_futex(&pool->unfinished, FUTEX_WAKE, 1);
+  }
+}
+
+/* Wait until all tasks are done: those that others have claimed. */
+static void qc_await_tasks(qc_pool *pool) {
+  for (uint32_t left; (left = atomic_load_explicit(&pool->unfinished, memory_order_acquire));) {
+    if (qc_spin(pool, &pool->unfinished, left, QC_LAUNCHER_SPINS)) continue;
+    atomic_store_explicit(&pool->launcher_sleeps, 1, memory_order_seq_cst);
+    while ((left = atomic_load_explicit(&pool->unfinished, memory_order_seq_cst)))
+      qc_futex(&pool->unfinished, FUTEX_WAIT, left);
+    atomic_store_explicit(&pool->launcher_sleeps, 0, memory_order_relaxed);
+  }
+}
+
 static void *qc_work(void *argument) {
-  const qc_worker *self = argument;
-  qc_pool *pool = &qc_the_pool;
-  uint32_t seen = self->generation;
+  qc_pool *pool = argument;
   for (;;) {
+    uint32_t seen = atomic_load_explicit(&pool->generation, memory_order_acquire);
+    if (atomic_load_explicit(&pool->stopping, memory_order_relaxed)) return NULL;
+    qc_help(pool);
     qc_await_launch(pool, seen);
-    seen++; /* never more than one ahead: each launch waits for every worker */
-    if (pool->stopping) return NULL;
-    if (self->task_id < pool->group.num_task) qc_do_task(pool, self->task_id);
-    atomic_fetch_sub_explicit(&pool->pending, 1, memory_order_release);
   }
 }
 
@@ -285,16 +321,14 @@ static int qc_wanted_threads(qc_pool *pool) {
 static void qc_start_workers(qc_pool *pool) {
   int workers = qc_wanted_threads(pool) - 1;
   if (pool->count || workers < 1) return;
-  pool->workers = calloc((size_t)workers, sizeof(qc_worker));
+  pool->workers = calloc((size_t)workers, sizeof(pthread_t));
   if (!pool->workers) return;
-  uint32_t generation = atomic_load_explicit(&pool->generation, memory_order_relaxed);
+  pool->crowded = workers + 1 > qc_available_cpus();
   sigset_t all, before; /* signals are for the threads of the host program */
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   while (pool->count < workers) {
-    qc_worker *worker = &pool->workers[pool->count];
-    *worker = (qc_worker){.task_id = pool->count + 1, .generation = generation};
-    if (pthread_create(&worker->thread, NULL, qc_work, worker)) break;
+    if (pthread_create(&pool->workers[pool->count], NULL, qc_work, pool)) break;
     pool->count++;
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -302,35 +336,43 @@ static void qc_start_workers(qc_pool *pool) {
 }
 
 static void qc_stop_workers(qc_pool *pool) {
-  pool->stopping = true;
+  atomic_store_explicit(&pool->stopping, true, memory_order_relaxed);
   qc_raise_generation(pool);
-  for (int i = 0; i < pool->count; i++) pthread_join(pool->workers[i].thread, NULL);
-  pool->stopping = false;
+  for (int i = 0; i < pool->count; i++) pthread_join(pool->workers[i], NULL);
+  atomic_store_explicit(&pool->stopping, false, memory_order_relaxed);
   free(pool->workers);
   pool->workers = NULL;
   pool->count = 0;
 }
 
+/* How many tasks: what a kernel asks for, up to the threads, and these run at the same time; where it
+ * does not ask, some for every thread, which may run one after another. */
+static int qc_count_tasks(int num_task, int threads) {
+  if (num_task >= 1) return num_task < threads ? num_task : threads;
+  int tasks = threads * QC_TASKS_A_THREAD;
+  if (tasks > QC_MANY_TASKS) tasks = QC_MANY_TASKS;
+  return threads == 1 ? 1 : tasks < threads ? threads : tasks;
+}
+
 static int qc_launch(qc_pool *pool, qc_task task, void *closure, int num_task) {
   qc_start_workers(pool);
-  int threads = pool->count + 1;
   pool->task = task;
   pool->closure = closure;
-  pool->group.num_task = num_task < 1 || num_task > threads ? threads : num_task;
-  pool->group.sync = pool;
-  /* Relaxed: workers see these through `generation`, and none is inside a launch now. */
+  pool->group.num_task = qc_count_tasks(num_task, pool->count + 1);
+  pool->group.sync = num_task >= 1 ? pool : NULL;
+  /* Relaxed: workers see these through `tickets`, and none is inside a launch now. */
   atomic_store_explicit(&pool->failed, 0, memory_order_relaxed);
   atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed);
   if (pool->group.num_task == 1) {
     qc_do_task(pool, 0);
   } else {
-    atomic_store_explicit(&pool->pending, pool->count, memory_order_relaxed);
+    uint32_t tasks = (uint32_t)pool->group.num_task;
+    atomic_store_explicit(&pool->unfinished, tasks, memory_order_relaxed);
+    uint64_t tickets = (uint64_t)++pool->launches << 32 | tasks;
+    atomic_store_explicit(&pool->tickets, tickets, memory_order_release);
     qc_raise_generation(pool);
-    qc_do_task(pool, 0);
-    for (int spins = 1; atomic_load_explicit(&pool->pending, memory_order_acquire); spins++) {
-      qc_pause();
-      if (spins % QC_SPINS_A_LOOK == 0) sched_yield(); /* more threads than CPUs */
-    }
+    qc_help(pool);
+    qc_await_tasks(pool);
   }
   return atomic_load_explicit(&pool->failed, memory_order_relaxed) ? -1 : 0;
 }
@@ -352,6 +394,11 @@ QC_FOR_KERNELS int TVMBackendParallelBarrier(int task_id, qc_group *group) {
   (void)task_id;
   qc_pool *pool = group->sync;
   if (group->num_task == 1) return 0;
+  if (!pool) {
+    const char *parts[] = {"a kernel waits for tasks that need not run at the same time"};
+    TVMFFIErrorSetRaisedFromCStrParts("RuntimeError", parts, 1);
+    return -1;
+  }
   /* No one can raise `phase` before this task has arrived, so reading it first is not a race. */
   uint32_t phase = atomic_load_explicit(&pool->phase, memory_order_relaxed);
   /* acq_rel: the last task to arrive has seen what the others wrote, and passes it on by `phase`. */
@@ -378,6 +425,7 @@ static void qc_after_fork_in_child(void) {
   pool->workers = NULL;
   pool->count = 0;
   atomic_store_explicit(&pool->sleepers, 0, memory_order_relaxed);
+  atomic_store_explicit(&pool->launcher_sleeps, 0, memory_order_relaxed);
   pthread_mutex_unlock(&pool->run_lock);
 }
 

@@ -15,18 +15,24 @@ def longest(start, stop):
 @triton.jit
 def outliers(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
              TOGETHER: tl.constexpr):  # fmt: skip
-    """Add value x[column] of single entries, TOGETHER of a row at once. Channels of x are APART."""
-    lane = tl.arange(0, TOGETHER)
+    """Add value x[column] of single entries, TOGETHER of a row at once. Channels of x are APART.
+    Entries are loaded a turn ahead."""
     OUT: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = places.shape[0]
+    entry = start[:, None] + tl.arange(0, TOGETHER)[None, :]
+    inside = entry < stop[:, None]
+    column = tl.load(columns + entry, mask=inside, other=0)
+    value = tl.load(values + entry, mask=inside, other=0.0)
     total = tl.zeros([OUT, TOGETHER, ROWS], tl.float32)
-    for first in range(0, longest(start, stop), TOGETHER):
-        entry = start[:, None] + first + lane[None, :]
+    for _ in range(0, longest(start, stop), TOGETHER):
+        entry += TOGETHER
         inside = entry < stop[:, None]
-        column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32)
-        value = tl.load(values + entry, mask=inside, other=0.0).to(tl.float32)
-        at = places[None, None, :] + (column * APART)[:, :, None]
-        total += value[:, :, None] * tl.load(x + at).to(tl.float32)
+        next_column = tl.load(columns + entry, mask=inside, other=0)
+        next_value = tl.load(values + entry, mask=inside, other=0.0)
+        at = places[None, None, :] + (column.to(tl.int32) * APART)[:, :, None]
+        found = tl.load(x + at).to(tl.float32)
+        total += value.to(tl.float32)[:, :, None] * found
+        column, value = next_column, next_value
     return acc + tl.sum(total, 1)
 
 

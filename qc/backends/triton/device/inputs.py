@@ -7,9 +7,9 @@ import triton.language as tl
 
 
 @triton.jit
-def numbers(axis: tl.constexpr, SIZE: tl.constexpr, COUNT):
-    """Return the rows of this program's tile, i32[SIZE]; beyond COUNT the last row again."""
-    rows = tl.program_id(axis) * SIZE + tl.arange(0, SIZE)
+def numbers(tile, SIZE: tl.constexpr, COUNT):
+    """Return the rows of a tile, i32[SIZE]; beyond COUNT the last row again."""
+    rows = tile * SIZE + tl.arange(0, SIZE)
     return tl.minimum(rows, COUNT - 1)
 
 
@@ -69,8 +69,8 @@ def summed_tile(partial, places, start, size, PARTS: tl.constexpr, CHANNELS: tl.
 
 
 @triton.jit
-def tile_across(axis: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return where the rows of this program's tile lie, i64[ROWS], in an array
-    [tiles, CHANNELS, ROWS]; channels are ROWS apart."""
-    first = tl.program_id(axis).to(tl.int64) * (CHANNELS * ROWS)
+def tile_across(tile, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return where the rows of a tile lie, i64[ROWS], in an array [tiles, CHANNELS, ROWS];
+    channels are ROWS apart."""
+    first = tl.cast(tile, tl.int64) * (CHANNELS * ROWS)
     return first + tl.arange(0, ROWS)

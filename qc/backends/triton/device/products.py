@@ -17,9 +17,9 @@ def zeros(OUT: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def outputs(axis: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Return the outputs of this program's tile, i32[SIZE]; beyond COUNT the last one again."""
-    out = tl.program_id(axis) * SIZE + tl.arange(0, SIZE)
+def outputs(cell, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the outputs of a tile, i32[SIZE]; beyond COUNT the last one again."""
+    out = cell * SIZE + tl.arange(0, SIZE)
     if COUNT % SIZE == 0:
         return out
     return tl.minimum(out, COUNT - 1)
@@ -41,19 +41,31 @@ def decoded(acc, weights, x):
 
 
 @triton.jit
-def inside(axis: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Say which outputs of this program's tile there are, i1[SIZE, 1]."""
-    return (tl.program_id(axis) * SIZE + tl.arange(0, SIZE) < COUNT)[:, None]
+def inside(cell, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Say which outputs of a tile there are, i1[SIZE, 1]."""
+    return (cell * SIZE + tl.arange(0, SIZE) < COUNT)[:, None]
 
 
 @triton.jit
-def partial(at, acc, out, rows, part, ROWS, OUT: tl.constexpr, SIZE: tl.constexpr):
+def first_block(cell, SIZE: tl.constexpr):
+    """Return the first block of 16 outputs of a tile."""
+    return cell * (SIZE // 16)
+
+
+@triton.jit
+def first_channel(cell, SIZE: tl.constexpr):
+    """Return the first channel of a tile of a copy."""
+    return cell * SIZE
+
+
+@triton.jit
+def partial(at, acc, out, rows, cell, part, ROWS, OUT: tl.constexpr, SIZE: tl.constexpr):
     """Store a partial sum as f32[part, ROWS, OUT]. Rows beyond the last repeat it."""
-    here = (part.to(tl.int64) * ROWS + rows[None, :]) * OUT + out[:, None]
+    here = (tl.cast(part, tl.int64) * ROWS + rows[None, :]) * OUT + out[:, None]
     if OUT % SIZE == 0:
         tl.store(at + here, acc)
     else:
-        tl.store(at + here, acc, mask=inside(1, SIZE, OUT))
+        tl.store(at + here, acc, mask=inside(cell, SIZE, OUT))
 
 
 @triton.jit
@@ -85,11 +97,12 @@ def number(at):
 
 
 @triton.jit
-def store(y, acc, out, places, OUT: tl.constexpr, AFTER: tl.constexpr, SIZE: tl.constexpr):
+def store(y, acc, out, places, cell, OUT: tl.constexpr, AFTER: tl.constexpr,
+          SIZE: tl.constexpr):  # fmt: skip
     """Store a tile of the result. Rows beyond the last repeat it, and get the same values."""
     at = y + places[None, :] + (out * AFTER)[:, None]
     value = acc.to(y.dtype.element_ty)
     if OUT % SIZE == 0:
         tl.store(at, value)
     else:
-        tl.store(at, value, mask=inside(1, SIZE, OUT))
+        tl.store(at, value, mask=inside(cell, SIZE, OUT))

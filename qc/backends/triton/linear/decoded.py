@@ -17,21 +17,34 @@ class Decoded(Term):
     """A term that is decoded element by element into tiles of 32 channels."""
 
     place: Place
+    size: int = WIDTH
+    """Channels of a tile: more wait for memory at once, and take more registers."""
     rule = "decoded"
 
     @property
     def width(self) -> int:
-        return WIDTH
+        return self.size
 
     @property
     def unit(self) -> int:
-        return WIDTH
+        return self.size
+
+    def load(self, emission: Emission, loop: Loop) -> None:
+        for start in range(0, loop.width, loop.unit):
+            self.tile(emission, loop, start)
+
+    def tile(self, emission: Emission, loop: Loop, start: int) -> str:
+        """Write the decoding of a tile, once; return its name."""
+        name, arrays = self.place.function(emission, self.place.decode, (ROW, COL))
+        key = f"{name}{arrays} from {start}"
+        if key not in loop.known:
+            size = f"{loop.unit}, {self.place.inner}, {loop.even}"
+            column = f"products.columns({loop.at(start)}, {size})"
+            at = f"{loop.out}[:, None], {column}[None, :]"
+            loop.known[key] = emission.bind(f"{name}({at}{arrays})")
+        return loop.known[key]
 
     def emit(self, emission: Emission, loop: Loop, acc: str) -> None:
-        name, arrays = self.place.function(emission, self.place.decode, (ROW, COL))
         for start in range(0, loop.width, loop.unit):
-            column = (
-                f"products.columns({loop.at(start)}, {loop.unit}, {self.place.inner}, {loop.even})"
-            )
-            at = f"{loop.out}[:, None], {column}[None, :]"
-            emission.line(f"{acc} = products.decoded({acc}, {name}({at}{arrays}), {loop.x(start)})")
+            tile = self.tile(emission, loop, start)
+            emission.line(f"{acc} = products.decoded({acc}, {tile}, {loop.x(start)})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qc.backends.triton.emit import Emission
+from qc.backends.triton.kernel import Scratch
 from qc.backends.triton.linear.loop import declare
 from qc.backends.triton.linear.stages import EntriesOf
 from qc.ir.weights.expression import ENTRY, LANE, ROW, Load
@@ -22,16 +23,22 @@ class Tiling:
     """Channels of a step of the loop, at least."""
 
 
-MOST_ELEMENTS = 8192
-"""Products [outputs, entries, rows] that a program holds at a time: 64 a thread."""
-NARROW = 16
-"""Outputs of a tile of a launch for entries alone: the rows of a matrix have different numbers of
-entries, and a tile takes as long as its longest."""
+MOST_TOGETHER = 64
+FEW_ROWS, MANY_ROWS = 4, 32
+WIDE, NARROW = 64, 16
+"""Outputs of a tile, for fewer than MANY_ROWS rows and from there on: measured on an H200."""
 
 
-def together(outputs: int, rows: int) -> int:
+def together(tile: Tiling) -> int:
     """Return how many single entries of a row are added at once."""
-    return max(1, min(128, MOST_ELEMENTS // (outputs * rows)))
+    a_thread = 16 if tile.rows <= FEW_ROWS else 64
+    held = a_thread * 32 * tile.warps // (tile.outputs * tile.rows)
+    return max(1, min(MOST_TOGETHER, held))
+
+
+def outputs_of(each: EntriesOf) -> int:
+    """Return the outputs of a tile."""
+    return WIDE if each.entries.width == 1 and each.tile < MANY_ROWS else NARROW
 
 
 def width_of(each: EntriesOf) -> int:
@@ -42,10 +49,12 @@ def width_of(each: EntriesOf) -> int:
 def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) -> None:
     """Write a loop over the entries of each output."""
     place, entries = each.place, each.entries
+    if isinstance(each.source.values, Scratch):
+        emission.join()
     x = declare(emission, each.source)
     channels, apart = each.source.channels, tile.rows if each.across else 1
     if each.across:
-        emission.line(f"places = inputs.tile_across(0, BM, {channels})")
+        emission.line(f"places = inputs.tile_across(tile, BM, {channels})")
     else:
         emission.line(f"places = inputs.places(rows, {channels}, 1, 1)")
     start, stop = (
@@ -56,7 +65,7 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) ->
         case Load(value, (at,)), Load(column, (also,)) if at == also == ENTRY:
             if entries.width == 1:
                 columns, values = place.stored(emission, column), place.stored(emission, value)
-                many = together(tile.outputs, tile.rows)
+                many = together(tile)
                 emission.line(
                     f"{acc} = entries.outliers({acc}, {x}, places, {start}, {stop}, {columns}, "
                     f"{values}, {apart}, {many})"
@@ -77,14 +86,3 @@ def emit_entries(emission: Emission, each: EntriesOf, acc: str, tile: Tiling) ->
     )
     emission.depth -= 1
     emission.line(f"{acc} = entries.reduced({acc}, {total})")
-
-
-def tiling_of(each: EntriesOf, rows: int) -> Tiling:
-    """Return the tile of a launch for entries alone."""
-    return Tiling(NARROW, rows, 4, 2)
-
-
-def rows_of_tile(bucket: int | None) -> int:
-    """Return how many rows a launch for entries takes at once; groups of up to 64 channels then
-    have 16 x 64 x 16 products a tile."""
-    return 16 if bucket is None else min(16, bucket)

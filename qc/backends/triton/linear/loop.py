@@ -56,6 +56,9 @@ class Term(ABC):
     @abstractmethod
     def unit(self) -> int: ...
 
+    def load(self, emission: Emission, loop: Loop) -> None:  # noqa: B027  optional
+        """Write what can be loaded before x is known, where there is one step alone."""
+
     @abstractmethod
     def emit(self, emission: Emission, loop: Loop, acc: str) -> None:
         """Write what adds the products of one step to an accumulator."""
@@ -141,17 +144,26 @@ class Loop:
 
 
 def emit_loop(
-    emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int
-) -> None:
+    emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int,
+    begin: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Write the loop over all channels, or over this program's part of them; `least` channels a
-    step where there are so many."""
+    step where there are so many. `begin` are statements that stand in front of it, and behind what
+    needs nothing of other launches."""
     width = step_width(source, [term for _, term in terms], least)
     loop = Loop(source, width, min(term.unit for _, term in terms))
+    if loop.steps == 1 and parts == 1:
+        emission.line("k = 0")
+        for _, term in terms:
+            term.load(emission, loop)
+    if isinstance(source.values, Scratch):
+        emission.join()
+    for line in begin:
+        emission.line(line)
     x = declare(emission, source)
     loop.first, loop.last = "0", str(loop.steps)
     if parts > 1:
         each = -(-loop.steps // parts)
-        emission.line("part = tl.program_id(2)")
         loop.first = f"part * {each}"
         loop.last = f"tl.minimum(part * {each} + {each}, {loop.steps})"
     emission.line(f"places = inputs.places(rows, {source.stride}, {source.before}, {source.after})")
@@ -162,7 +174,8 @@ def emit_loop(
         emission.depth += 1
     else:
         emission.line("step = 0")
-    emission.line(f"k = step * {width}")
+    if looped or parts > 1:
+        emission.line(f"k = step * {width}")
     for start in range(0, width, loop.unit):
         tile = tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)
         loop.tiles.append(emission.bind(tile))

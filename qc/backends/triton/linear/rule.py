@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from qc.backends.linear_region import LinearRegion, match_linear
 from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgument
-from qc.backends.triton.emit import Emission
+from qc.backends.triton.emit import WHERE, Emission, Role, combined
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear.coded import Coded
-from qc.backends.triton.linear.entries import Tiling, emit_entries, rows_of_tile, tiling_of
+from qc.backends.triton.linear.entries import Tiling, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
-from qc.backends.triton.linear.stages import LONG_CHAIN, EntriesOf, Stages, Step
+from qc.backends.triton.linear.stages import TILE_OF_CHAIN, EntriesOf, Stages, Step
 from qc.ir.types import Dim, as_dim
 
 DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "int8", "products")
-BUCKETS: tuple[int | None, ...] = (4, 8, 16, 32, 64, None)
+BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
 """Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
 or more would send Triton through tensor memory on Blackwell. Listed entries are not multiplied by
@@ -38,9 +39,37 @@ LEAST_STEPS = 4
 """Steps of the loop that a part has at least: fewer do not fill the pipeline."""
 
 
+Loops = list[tuple[Source, list[tuple[str, Term]]]]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A function that is written, and the programs that run it."""
+
+    emission: Emission
+    rule: str
+    tiling: Tiling
+    outer: int
+    parts: int = 1
+    multiple: int = 1
+
+    def holds(self, bucket: int | None) -> bool:
+        """Whether one tile holds all rows of a bucket, so that others may share the launch."""
+        return self.multiple == 1 and bucket is not None and bucket <= self.tiling.rows
+
+    @property
+    def role(self) -> Role:
+        return Role(self.emission, -(-self.outer // self.tiling.outputs), self.parts)
+
+
 @dataclass
 class LinearLaunches:
-    """The launches of one region for up to `bucket` rows."""
+    """The launches of one region for up to `bucket` rows.
+
+    Steps that need nothing of each other, and the loop of the main launch with them, are roles of
+    one launch where a tile holds all rows; what they leave is added up by a second one, which runs
+    the epilogue.
+    """
 
     linear: LinearRegion
     bucket: int | None
@@ -53,14 +82,31 @@ class LinearLaunches:
     def variant(self) -> Variant:
         """Return all launches, in order."""
         stages = self.stages()
-        launches = [self.step(step) for step in stages.steps]
-        return Variant(self.bucket, (*launches, *self.main(stages)))
+        loops = list(stages.loops.items())
+        ready = stages.level_of(loops[0][0]) if loops else 0
+        last = max([ready, *(stages.level(step) + 1 for step in stages.steps)]) - 1
+        beside = self.bucket is not None and bool(loops) and last >= ready
+        launches = []
+        for level in range(last + 1):
+            roles = []
+            for step in stages.steps:
+                if stages.level(step) == level:
+                    role = self.step(step)
+                    if beside and role.holds(self.bucket):
+                        roles.append(role)
+                    else:
+                        launches.append(self.launched(role))
+            if beside and level == last:
+                roles.insert(0, self.loop(stages, loops))  # it has the most to do
+            launches += self.together(roles)
+        return Variant(self.bucket, (*launches, *self.main(stages, loops, beside)))
 
     def stages(self) -> Stages:
         """Plan the terms of all weights."""
         linear, gpu = self.linear, self.linear.region.target.gpu
         bytes = bool(planned.FAST_RULES) and gpu is not None and "int8" in gpu.products
-        stages = Stages(self.rows, rows_of_tile(self.bucket), bytes)
+        rows = min(LARGEST_TILE, self.bucket or LARGEST_TILE)
+        stages = Stages(self.rows, rows, bytes)
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
             operand = linear.operand(node.inputs[1])
@@ -72,16 +118,17 @@ class LinearLaunches:
     def emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
         """Begin a function: its tile's rows and outputs."""
         emission = Emission(name, f"{name}: {self.linear.outer} x {self.linear.inner}", DEVICE)
+        emission.prefix = f"{name}_"
         emission.constants |= {"BN": tiling.outputs, "BM": tiling.rows}
         emission.size("ROWS", SizeArgument(self.rows))
         count = "ROWS" if multiple == 1 else f"ROWS * {multiple}"
-        emission.line(f"rows = inputs.numbers(0, BM, {count})")
-        emission.line(f"out = products.outputs(1, BN, {outer})")
-        emission.line(f"block = tl.program_id(1) * {tiling.outputs // 16}")
+        emission.line(f"rows = inputs.numbers(tile, BM, {count})")
+        emission.line(f"out = products.outputs(cell, BN, {outer})")
+        emission.line("block = products.first_block(cell, BN)")
         return emission
 
-    def step(self, step: Step) -> Launch:
-        """Write a launch in front of the main one."""
+    def step(self, step: Step) -> Planned:
+        """Write the work of a step in front of the end."""
         match step.work:
             case None:
                 return self.copy(step)
@@ -92,102 +139,135 @@ class LinearLaunches:
             case term:
                 return self.product(step, term)
 
-    def copy(self, step: Step) -> Launch:
+    def copy(self, step: Step) -> Planned:
         """Write a copy of x as plain rows."""
         tiling = self.tiling([], 1)
         emission = self.emission("copy", tiling, step.outer, 1)
         self.load_copied(emission, step.source, tiling)
+        emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, {step.outer}, 1, BN)")
-        return self.finish(emission, "copy", tiling, step.outer, 1, 1)
+        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        return Planned(emission, "copy", tiling, step.outer)
 
-    def copy_across(self, step: Step) -> Launch:
+    def copy_across(self, step: Step) -> Planned:
         """Write a copy of x with the rows of each tile side by side."""
-        tiling = Tiling(64, rows_of_tile(self.bucket), 4, 1)
+        tiling = Tiling(64, step.tile, 4, 1)
         emission = self.emission("across", tiling, step.outer, 1)
         self.load_copied(emission, step.source, tiling)
+        emission.join()
         target = emission.array("target", step.target, step.target.dtype)
-        emission.line(f"places = inputs.tile_across(0, BM, {step.outer})")
-        emission.line(f"products.store({target}, acc0, out, places, {step.outer}, BM, BN)")
-        return self.finish(emission, "across", tiling, step.outer, 1, 1)
+        emission.line(f"places = inputs.tile_across(tile, BM, {step.outer})")
+        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, BM, BN)")
+        return Planned(emission, "across", tiling, step.outer)
 
     def load_copied(self, emission: Emission, source: Source, tiling: Tiling) -> None:
         """Write the load of a tile of x."""
+        if isinstance(source.values, Scratch):
+            emission.join()
         x = declare(emission, source)
         emission.line(f"places = inputs.places(rows, {source.stride}, 1, 1)")
-        emission.line("k = tl.program_id(1) * BN")
+        emission.line("k = products.first_channel(cell, BN)")
         emission.line(f"acc0 = {tile_call(emission, source, x, 'k', tiling.outputs, False)}")
 
-    def entries(self, step: Step, entries: EntriesOf) -> Launch:
+    def entries(self, step: Step, entries: EntriesOf) -> Planned:
         """Write the products of entries alone."""
-        tiling = tiling_of(entries, rows_of_tile(self.bucket))
+        tiling = Tiling(outputs_of(entries), entries.tile, 4, 2)
         emission = self.emission("entries_alone", tiling, step.outer, 1)
         emission.line("acc0 = products.zeros(BN, BM)")
         emit_entries(emission, entries, "acc0", tiling)
+        emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, {step.outer}, 1, BN)")
-        return self.finish(emission, "entries", tiling, step.outer, 1, 1)
+        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        return Planned(emission, "entries", tiling, step.outer)
 
-    def product(self, step: Step, term: Term) -> Launch:
+    def product(self, step: Step, term: Term) -> Planned:
         """Write a step of a chain."""
         source = step.source
         multiple = source.before * source.after
         tiling = self.tiling([term], multiple)
         if step.parts > 1:
-            tiling = replace(tiling, width=LONG_CHAIN // 4, stages=3)
+            tiling = replace(tiling, width=TILE_OF_CHAIN, stages=3)
         emission = self.emission("step", tiling, step.outer, multiple)
         emission.line("acc0 = products.zeros(BN, BM)")
         emit_loop(emission, source, [("acc0", term)], step.parts, tiling.width)
+        emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
             emission.line(
-                f"products.partial({target}, acc0, out, rows, part, ROWS, {step.outer}, BN)"
+                f"products.partial({target}, acc0, out, rows, cell, part, ROWS, {step.outer}, BN)"
             )
         else:
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
-            emission.line(f"products.store({target}, acc0, out, places, {step.outer}, {after}, BN)")
-        return self.finish(emission, "chain", tiling, step.outer, multiple, step.parts)
+            emission.line(
+                f"products.store({target}, acc0, out, places, cell, {step.outer}, {after}, BN)"
+            )
+        return Planned(emission, "chain", tiling, step.outer, step.parts, multiple)
 
-    def main(self, stages: Stages) -> list[Launch]:
-        """Write the main launch; where it is split along the channels, and the one behind it."""
-        loops = list(stages.loops.items())
-        tiling = self.tiling([term for _, term in loops[0][1]] if loops else [], 1)
-        outer, name = self.linear.outer, f"linear_{stages.rules}"
-        accs = [f"acc{number}" for number in range(len(self.linear.linears))]
-        launches = []
-        parts = self.parts(loops, tiling)
+    @property
+    def accs(self) -> list[str]:
+        """The names of the accumulators, one a product."""
+        return [f"acc{number}" for number in range(len(self.linear.linears))]
+
+    def partial(self, acc: str, parts: int) -> Scratch:
+        """Return where the parts of an accumulator are left."""
+        shape = as_dim(self.rows * parts), self.linear.outer
+        return Scratch(f"{acc}_parts", torch.float32, shape)
+
+    def loop(self, stages: Stages, loops: Loops) -> Planned:
+        """Write the loop over the channels of x, or over a part of them, without its end."""
+        source, looped = loops[0]
+        tiling = self.tiling([term for _, term in looped], 1)
+        parts, outer = self.parts(loops, tiling), self.linear.outer
         emission = self.emission("linear", tiling, outer, 1)
-        if parts > 1:
-            for acc in accs:
-                emission.line(f"{acc} = products.zeros(BN, BM)")
-            (source, looped), *loops = loops
-            emit_loop(emission, source, looped, parts, tiling.width)
-            partial = {
-                acc: Scratch(f"{acc}_parts", torch.float32, (as_dim(self.rows * parts), outer))
-                for acc in accs
-            }
-            for acc in accs:
-                at = emission.array(f"{acc}_parts", partial[acc], torch.float32)
-                emission.line(f"products.partial({at}, {acc}, out, rows, part, ROWS, {outer}, BN)")
-            launches.append(self.finish(emission, name, tiling, outer, 1, parts))
+        begin = [f"{acc} = products.zeros(BN, BM)" for acc in self.accs]
+        emit_loop(emission, source, looped, parts, tiling.width, begin)
+        emission.join()
+        for acc in self.accs:
+            at = emission.array(f"{acc}_parts", self.partial(acc, parts), torch.float32)
+            emission.line(
+                f"products.partial({at}, {acc}, out, rows, cell, part, ROWS, {outer}, BN)"
+            )
+        return Planned(emission, f"linear_{stages.rules}", tiling, outer, parts)
+
+    def summed(self, emission: Emission, acc: str, parts: int) -> str:
+        """Return the statement that adds up the parts of an accumulator."""
+        at = emission.array(f"{acc}_parts", self.partial(acc, parts), torch.float32)
+        return f"{acc} = products.summed({at}, out, rows, ROWS, {parts}, {self.linear.outer})"
+
+    def main(self, stages: Stages, loops: Loops, beside: bool) -> list[Launch]:
+        """Write the launch that ends with the epilogue, and in front of it the one that loops over
+        x, where that is split along the channels; with `beside`, the loop is written already."""
+        outer = self.linear.outer
+        tiling = self.tiling([term for _, term in loops[0][1]] if loops else [], 1)
+        parts = self.parts(loops, tiling)
+        launches = []
+        if parts > 1 and not beside:
+            launches.append(self.launched(self.loop(stages, loops)))
+        if parts > 1 or beside:
             tiling = replace(tiling, outputs=32, stages=1)  # it waits rather than works
             emission = self.emission("finish", tiling, outer, 1)
-            for acc in accs:
-                at = emission.array(f"{acc}_parts", partial[acc], torch.float32)
-                emission.line(f"{acc} = products.summed({at}, out, rows, ROWS, {parts}, {outer})")
+            loops = loops[1:]
+            begin = [self.summed(emission, acc, parts) for acc in self.accs]
         else:
-            for acc in accs:
-                emission.line(f"{acc} = products.zeros(BN, BM)")
+            emission = self.emission("linear", tiling, outer, 1)
+            begin = [f"{acc} = products.zeros(BN, BM)" for acc in self.accs]
         for source, looped in loops:
-            emit_loop(emission, source, looped, 1, tiling.width)
+            emit_loop(emission, source, looped, 1, tiling.width, begin)
+            begin = []
+        emission.join()
+        for line in begin:
+            emission.line(line)
         for number, (acc, added) in enumerate(stages.added):
             at = emission.array(f"added{number}", added, added.dtype)
             emission.line(f"{acc} += products.full({at}, out, rows, {outer})")
-        self.emit_epilogue(emission, accs)
-        return [*launches, self.finish(emission, name, tiling, outer, 1, 1)]
+        self.emit_epilogue(emission, self.accs)
+        return [
+            *launches,
+            self.launched(Planned(emission, f"linear_{stages.rules}", tiling, outer)),
+        ]
 
     def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
         """Write what follows the products, and the store."""
@@ -197,16 +277,33 @@ class LinearLaunches:
         result = epilogue.value(self.linear.region.root)
         y = emission.array("y", ArrayArgument(RESULT), torch.float16)
         emission.line(f"places = inputs.places(rows, {self.linear.outer}, 1, 1)")
-        emission.line(f"products.store({y}, {result}, out, places, {self.linear.outer}, 1, BN)")
+        emission.line(
+            f"products.store({y}, {result}, out, places, cell, {self.linear.outer}, 1, BN)"
+        )
 
-    def finish(
-        self, emission: Emission, rule: str, tiling: Tiling, outer: int, multiple: int, parts: int
-    ) -> Launch:
-        """Close a launch."""
+    def launched(self, planned: Planned) -> Launch:
+        """Close a function that has a launch of its own."""
+        emission, tiling = planned.emission, planned.tiling
         self.repack |= emission.repack
-        rows = Cells(as_dim(self.rows * multiple), tiling.rows)
-        grid = rows, Cells(outer, tiling.outputs), Cells(parts)
-        return emission.launch(rule, grid, tiling.warps, tiling.stages)
+        for axis, name in reversed(list(enumerate(WHERE))):
+            emission.lines.insert(0, f"    {name} = launches.number({axis})")
+        rows = Cells(as_dim(self.rows * planned.multiple), tiling.rows)
+        grid = rows, Cells(planned.outer, tiling.outputs), Cells(planned.parts)
+        return emission.launch(planned.rule, grid, tiling.warps, tiling.stages)
+
+    def together(self, planned: Sequence[Planned]) -> list[Launch]:
+        """Close functions that share a launch."""
+        if len(planned) <= 1:
+            return [self.launched(each) for each in planned]
+        title = f"{' + '.join(p.emission.name for p in planned)}: {self.linear.outer} x "
+        roles = [each.role for each in planned]
+        emission = combined("beside", f"{title}{self.linear.inner}", roles)
+        self.repack |= emission.repack
+        programs = sum(role.cells * role.parts for role in roles)
+        warps = max(each.tiling.warps for each in planned)
+        stages = max(each.tiling.stages for each in planned)
+        grid = Cells(1), Cells(programs), Cells(1)
+        return [emission.launch(planned[-1].rule, grid, warps, stages)]
 
     def tiling(self, terms: list[Term], multiple: int) -> Tiling:
         """Choose the tile of a launch."""
@@ -220,7 +317,7 @@ class LinearLaunches:
             return Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128)
         return Tiling(32, rows, 4, 2)
 
-    def parts(self, loops: list[tuple[Source, list[tuple[str, Term]]]], tiling: Tiling) -> int:
+    def parts(self, loops: Loops, tiling: Tiling) -> int:
         """Choose among how many programs the channels of x are split."""
         if not loops or self.bucket is None:
             return 1

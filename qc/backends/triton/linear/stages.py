@@ -25,11 +25,17 @@ from qc.ir.weights.structure import Chain, Entries, Selected
 FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (coded_term,)
 """From the most special; without any of them everything still works, slower."""
 
+TILE_OF_CHAIN = 128
+"""Channels of a tile of a step of a chain: such steps have few outputs, and their programs wait for
+memory once a tile."""
 LONG_CHAIN = 512
-"""Channels of a step of a chain that one program adds up; more are split among several. Such steps
-have few outputs: their time is that of one program."""
-MOST_PARTS = 16
+"""Channels that one program adds up; more are split among several."""
+MOST_PARTS = 8
+MOST_PARTIAL = 512
+"""Rows of partial sums of a chain, of all parts: every program of the main launch adds them up."""
 FEW_ROWS = 4
+MOST_ROWS, MOST_ROWS_OF_GROUPS = 64, 16
+"""Rows that single entries, and groups of up to 64, are multiplied by at a time."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class EntriesOf:
     entries: Entries
     source: Source
     across: bool = False
+    tile: int = 1
+    """Rows that are multiplied at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class Step:
     outer: int
     target: Scratch
     parts: int = 1
+    tile: int = 0
+    """Rows of a tile of a copy across."""
 
 
 @dataclass
@@ -61,7 +71,7 @@ class Stages:
 
     rows: Dim
     tile: int
-    """Rows of a tile of launches for entries."""
+    """Rows of a tile."""
     bytes: bool = True
     """The target's tensor cores multiply int8, and fast rules are wanted."""
     steps: list[Step] = field(default_factory=list)
@@ -77,6 +87,19 @@ class Stages:
         found += ["chain"] * any(isinstance(work, Term) for work in works)
         found += ["entries"] * any(isinstance(work, EntriesOf) for work in works)
         return "_".join(dict.fromkeys(found))
+
+    def level(self, step: Step) -> int:
+        """Return how many launches must have ended before a step can begin."""
+        return self.level_of(
+            step.source if not isinstance(step.work, EntriesOf) else step.work.source
+        )
+
+    def level_of(self, source: Source) -> int:
+        """Return how many launches make a source."""
+        for step in self.steps:
+            if step.target == source.values:
+                return 1 + self.level(step)
+        return 0
 
     def add(self, acc: str, place: Place, source: Source) -> None:
         """Plan the product of a term with some rows."""
@@ -100,27 +123,28 @@ class Stages:
         self.loops.setdefault(source, []).append((acc, term or multiplied(place)))
 
     def add_entries(self, acc: str, place: Place, entries: Entries, source: Source) -> None:
-        """Entries have a launch of their own: it waits for memory, not for the units that the main
-        one keeps busy, and in a graph it runs beside it. Its tiles are narrow, and from some rows
-        on it reads a copy of x in which the rows of a channel are neighbours."""
-        few = FEW_ROWS if entries.width == 1 else 1
-        if self.tile <= few:
-            work = EntriesOf(place, entries, source)
+        """Entries are multiplied beside the loop, by programs that wait for memory while others
+        keep the units busy. From some rows on they read a copy of x in which the rows of a channel
+        are neighbours."""
+        single = entries.width == 1
+        tile = min(self.tile, MOST_ROWS if single else MOST_ROWS_OF_GROUPS)
+        if tile <= (FEW_ROWS if single else 1):
+            work = EntriesOf(place, entries, source, tile=tile)
         else:
-            rows = Source(self.across(source), source.channels)
-            work = EntriesOf(place, entries, rows, across=True)
+            rows = Source(self.across(source, tile), source.channels)
+            work = EntriesOf(place, entries, rows, across=True, tile=tile)
         target = Scratch(f"step{len(self.steps)}", torch.float32, (self.rows, place.outer))
         self.steps.append(Step(source, work, place.outer, target))
         self.added.append((acc, target))
 
-    def across(self, source: Source) -> Scratch:
+    def across(self, source: Source, tile: int) -> Scratch:
         """Plan the copy [tiles, channels, rows of a tile], once."""
         for step in self.steps:
-            if step.source == source and step.work == "across":
+            if step.source == source and step.work == "across" and step.tile == tile:
                 return step.target
-        shape = (as_dim(self.rows + self.tile), source.channels)  # room for the last tile
+        shape = (as_dim(self.rows + tile), source.channels)  # room for the last tile
         target = Scratch(f"step{len(self.steps)}", torch.float16, shape)
-        self.steps.append(Step(source, "across", source.channels, target))
+        self.steps.append(Step(source, "across", source.channels, target, tile=tile))
         return target
 
     def add_selected(self, acc: str, place: Place, index: str, part: Place, x: Source) -> None:
@@ -145,13 +169,17 @@ class Stages:
     def step(self, place: Place, source: Source) -> Source:
         """Plan one step of a chain; return its result, seen as [rows, all of it]."""
         alone = source.before == source.after == 1
-        parts = min(MOST_PARTS, -(-place.inner // LONG_CHAIN)) if alone else 1
+        most = max(2, min(MOST_PARTS, MOST_PARTIAL // self.tile))
+        parts = min(most, -(-place.inner // LONG_CHAIN)) if alone else 1
         channels = source.before * place.outer * source.after
         shape, dtype = (self.rows, channels), torch.float16
         if parts > 1:
             shape, dtype = (as_dim(self.rows * parts), channels), torch.float32
         target = Scratch(f"step{len(self.steps)}", dtype, shape)
-        self.steps.append(Step(source, multiplied(place), place.outer, target, parts))
+        term = multiplied(place)
+        if isinstance(term, Decoded) and parts > 1:
+            term = replace(term, size=TILE_OF_CHAIN)
+        self.steps.append(Step(source, term, place.outer, target, parts))
         kind = "summed" if parts > 1 else "rows"
         return Source(target, channels, kind, parts=parts)
 

@@ -19,7 +19,7 @@ from qc.backends.tvm.linear.decoded import decoded_term
 from qc.backends.tvm.linear.dense import dense_term
 from qc.backends.tvm.linear.entries import entries_term
 from qc.backends.tvm.linear.inputs import Inputs
-from qc.backends.tvm.linear.int8_dot import INT8_TILES, Int8Stream, int8_term
+from qc.backends.tvm.linear.int8_dot import CHAINED_TILES, INT8_TILES, Int8Stream, int8_term
 from qc.backends.tvm.linear.int8_panels import PANEL_TILES, PanelStream, panel_stream
 from qc.backends.tvm.linear.layout import BLOCK
 from qc.backends.tvm.linear.panels import FLOAT_TILES
@@ -131,8 +131,10 @@ class LinearKernels:
         kernels = [kernel for kernels in self.terms.values() for kernel in kernels]
         if all(isinstance(kernel, PanelStream) for kernel in kernels):
             return PANEL_TILES
+        chained = all(isinstance(kernel, Int8Stream) and kernel.chains for kernel in kernels)
+        usual = CHAINED_TILES if chained else (self.tile_height(),)
         tall = any(isinstance(kernel, AmxStream) for kernel in kernels)
-        return (self.tile_height(), TALL) if tall else (self.tile_height(),)
+        return (*usual, TALL) if tall else usual
 
     def tile_height(self) -> int:
         """Return the rows of a tile: as many as the most demanding term keeps in registers."""
