@@ -70,9 +70,10 @@ def storable(first: bool = False) -> list[Case]:
 @pytest.mark.parametrize("name", SETS)
 def test_integer_products(name: str) -> None:
     """Sums of products are exact: what is left is the rounding of float32."""
-    assert_right(test_int8_dot.cases()[::3], ARMS[name], (1, 2, 5, 8))
+    assert_right(test_int8_dot.cases()[::5], ARMS[name], (1, 2, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.fast_rules
 def test_lookups_in_tables_of_partial_sums() -> None:
     """Bit planes and ternary weights, by tbl."""
@@ -96,6 +97,7 @@ def test_every_format(name: str) -> None:
     assert_right(storable(), ARMS[name], ROWS)
 
 
+@pytest.mark.slow
 def test_a_format_of_every_class() -> None:
     assert_right(storable(first=True), ARMS["arm64-dotprod"], (1, 5))
 

@@ -26,7 +26,7 @@ CASES = {
     "int3·g32·min": GroupedFormat(3, 32, "minimum"),
     "int2·g32·min": GroupedFormat(2, 32, "minimum"),
 }
-MACHINES = {"rpi5": "cortex-a76", "graviton3": "neoverse-v1", "rpi4": "cortex-a72"}
+MACHINES = {"rpi5": "cortex-a76", "graviton3": "neoverse-v1"}
 
 
 @cache

@@ -88,7 +88,7 @@ def test_bad_files_are_refused(
 ) -> None:
     good = (place / "weights.qcw").read_bytes()
     content, path = bytearray(good), tmp_path / "weights.qcw"
-    table = np.frombuffer(content, ENTRY, int(content[12]), HEADER.itemsize)
+    table = np.frombuffer(good, ENTRY, int(good[12]), HEADER.itemsize)
     match what:
         case "nothing":
             content = bytearray()
@@ -157,16 +157,13 @@ def test_versions_and_calls_that_cannot_be(place: Path, library: Library) -> Non
 
 
 @pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="no qemu-x86_64 on the path")
-def test_a_cpu_that_lacks_an_instruction_set_is_told_so(
-    place: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    wide = package(tmp_path_factory.getbasetemp(), "cpu:avx512-vnni-w4")
+def test_a_cpu_that_lacks_an_instruction_set_is_told_so(place: Path) -> None:
     command = [
         "qemu-x86_64",
         "-cpu",
         "Nehalem",
-        str(wide / "runner"),
-        str(wide / "weights.qcw"),
+        str(place / "runner"),
+        str(place / "weights.qcw"),
         "a",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -200,7 +200,10 @@ def test_classes_hold_what_the_library_matches() -> None:
     [
         ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
         ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "the pre-tokenizer BertPreTokenizer"),
-        ({"decoder": {"type": "WordPiece"}}, "the decoder WordPiece"),
+        (
+            {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
+            "the decoder WordPiece",
+        ),
         ({"decoder": None}, "the decoder None"),
     ],
 )
