@@ -216,8 +216,8 @@ def build_command(options: argparse.Namespace) -> None:
     print(format_table(rows))
     print(
         f"\n{options.output}: for {made['target']['name']}. A session needs "
-        f"{memory['prefill'] / 1e6:.1f} MB, and {memory['state_of_1024_tokens'] / 1e6:.1f} MB for "
-        "each 1024 tokens of its context"
+        f"{memory['prefill'] / 1e6:.1f} MB, {memory['thread'] / 1e6:.1f} MB a thread, and "
+        f"{memory['state_of_1024_tokens'] / 1e6:.1f} MB for each 1024 tokens of its context"
     )
 
 

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from real_model import MODEL
 AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}  # those the VNNI kernels use
 AMX_FLAGS = {"amx_tile", "amx_int8"}
 REQUEST_TILES = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+LLVM_MCA = 14  # Debian 12's
+ARM_COMPILER = "aarch64-linux-gnu-gcc"
 QEMU = ("qemu-aarch64", "qemu-aarch64-static")
 
 
@@ -65,10 +68,25 @@ def _qemu() -> str | None:
     return None if any(map(shutil.which, QEMU)) else f"no {QEMU[0]} on the path"
 
 
+def _arm_compiler() -> str | None:
+    return None if shutil.which(ARM_COMPILER) else f"no {ARM_COMPILER} on the path"
+
+
+def _llvm_mca() -> str | None:
+    """Its figures are stored for one version: others have other models of the same CPUs."""
+    if shutil.which("llvm-mca") is None:
+        return "no llvm-mca on the path"
+    said = subprocess.run(["llvm-mca", "--version"], capture_output=True, text=True, check=False)
+    known = f"LLVM version {LLVM_MCA}." in said.stdout
+    return None if known else f"llvm-mca is not of LLVM {LLVM_MCA}"
+
+
 LACKS: dict[str, Callable[[], str | None]] = {
     "model": _model,
     "cuda": _cuda,
     "avx512": _avx512,
     "amx": _amx,
     "qemu": _qemu,
+    "llvm-mca": _llvm_mca,
+    "arm compiler": _arm_compiler,
 }

@@ -22,6 +22,7 @@ from qc.backends.device.toolchain import (
     toolchain_for,
 )
 from qc.backends.device.weights_file import write_weights
+from qc.backends.device.workspace import workspace_bytes
 from qc.backends.lowering import Lowered
 from qc.backends.stored import tensor_sources
 from qc.backends.tvm.artifact import manifest_of
@@ -56,14 +57,15 @@ def write_device_package(
         for name in (LIBRARY, ARCHIVE, RUNNER, HEADER.name, WEIGHTS):
             writer.file(name)
         folder = writer.file(LIBRARY).parent
-        compile_package(program, lowered, tools, folder)
+        workspace = workspace_bytes(program, lowered.kernels)
+        compile_package(program, lowered, workspace, tools, folder)
         order = [value.tensor or value.name for value in program.weights]
         sources = dict(tensor_sources(lowered, progress))
         write_weights(folder / WEIGHTS, program.identity, order, sources, text)
         (folder / HEADER.name).write_bytes(HEADER.read_bytes())
         for name in (LIBRARY, ARCHIVE, RUNNER, HEADER.name, WEIGHTS):
             writer.keep(name)
-        described = describe(program, manifest, has_text=text is not None)
+        described = describe(program, manifest, workspace, has_text=text is not None)
         writer.add("README", readme(described).encode())
         return writer.finish_described(described)
 
@@ -75,14 +77,18 @@ def text_of(facts: ArtifactFacts) -> bytes | None:
 
 
 def compile_package(
-    program: DeviceProgram, lowered: Lowered[Kernel], tools: Toolchain, folder: Path
+    program: DeviceProgram,
+    lowered: Lowered[Kernel],
+    workspace: int,
+    tools: Toolchain,
+    folder: Path,
 ) -> None:
     """Compile kernels, program and runtime; write library, archive and runner to `folder`."""
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         kernels, source = place / "kernels.o", place / "program.c"
         compile_kernels(lowered.kernels, lowered.target).write_to_file(str(kernels), "o")
-        source.write_text(program.source(workspace=0))
+        source.write_text(program.source(workspace))
         objects = [kernels]
         includes = (DEVICE, RUNTIME / "native")
         for file in (source, *SOURCES, DEVICE / "runner.c"):
@@ -92,7 +98,9 @@ def compile_package(
         tools.link_package(linked, runner, folder)
 
 
-def describe(program: DeviceProgram, manifest: Manifest, has_text: bool) -> dict[str, Any]:
+def describe(
+    program: DeviceProgram, manifest: Manifest, workspace: int, has_text: bool
+) -> dict[str, Any]:
     """Say what is in a package."""
     step, prefill = program.plans
     generate = program.generate
@@ -114,6 +122,7 @@ def describe(program: DeviceProgram, manifest: Manifest, has_text: bool) -> dict
         "memory": {
             "step": step.bytes,
             "prefill": prefill.bytes,
+            "thread": workspace,
             "state": program.state_bytes(program.context),
             "state_of_1024_tokens": program.state_bytes(min(1024, program.context)),
         },
@@ -133,9 +142,10 @@ def readme(described: Mapping[str, Any]) -> str:
     {HEADER.name}      the interface, version {described["abi"]}
     {WEIGHTS}     weights{" and tokenizer" if described["tokenizer"] else ""}, mapped into memory
 
-Working memory of a session of n tokens, besides the weights: {memory["prefill"] / 1e6:.1f} MB, and
-{memory["state"] / described["context_length"] / 1e3:.1f} kB for each of n, at most \
-{described["context_length"]}, touched as they are filled.
+Working memory besides the weights, all of it reserved when a session starts:
+{memory["prefill"] / 1e6:.1f} MB, {memory["thread"] / 1e6:.1f} MB for each thread, and \
+{memory["state"] / described["context_length"] / 1e3:.1f} kB for each token
+of the context, at most {described["context_length"]} tokens. Pages are touched as they are filled.
 
     cc program.c {ARCHIVE} -lpthread -lm
 """

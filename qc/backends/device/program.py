@@ -249,6 +249,7 @@ class DeviceProgram:
             "begin": begin,
             "token_bits": 8 * tokens.element.bytes,
             "logit_bits": 8 * logits.element.bytes,
+            "tiles": int("amx_tile" in self.manifest.target.features),
             "arena": "{" + ", ".join(str(plan.bytes // LINE) for plan in self.plans) + "}",
             "workspace": workspace,
         }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from qc.backends.device.patterns import Compiler
 from qc.errors import UnsupportedError
@@ -38,13 +39,15 @@ class Edit:
 
 @dataclass
 class TextTables:
-    """The tables of one tokenizer, from the content of its tokenizer.json."""
+    """The tables of one tokenizer: the content of its tokenizer.json, and the library's view."""
 
     content: Mapping[str, Any]
+    whole: Tokenizer
     edits: list[Edit] = field(default_factory=list)
     splits: list[tuple[int, int]] = field(default_factory=list)
     patterns: Compiler = field(default_factory=Compiler)
     flags: int = 0
+    has_byte_pieces: bool = False
 
     def __post_init__(self) -> None:
         self.model = self.content["model"]
@@ -150,7 +153,9 @@ class TextTables:
             match part:
                 case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
                     replaced.append((old, new))
-                case {"type": "ByteFallback" | "Fuse"}:
+                case {"type": "ByteFallback"}:
+                    self.has_byte_pieces = True
+                case {"type": "Fuse"}:
                     pass
                 case {"type": "Metaspace", "replacement": str(mark)}:
                     replaced.append((mark, " "))
@@ -184,11 +189,11 @@ class TextTables:
         pieces, flags = [b""] * self.size, np.zeros(self.size, np.uint8)
         for token, number in self.vocabulary.items():
             pieces[number] = self.text_of(token)
-        for byte, number in enumerate(self.byte_tokens()):
+        for byte, number in enumerate(self.byte_tokens() if self.has_byte_pieces else ()):
             pieces[number] = bytes([byte])
             flags[number] |= BYTE
         for token in self.added:
-            pieces[token["id"]] = self.text_of(token["content"])
+            pieces[token["id"]] = self.text_of(self.whole.id_to_token(token["id"]) or "")
             flags[token["id"]] = SILENT * bool(token.get("special"))
         return pieces, flags
 
@@ -227,7 +232,7 @@ class TextTables:
         """Return added tokens by first byte, longest first; their bytes; where each byte starts."""
         rows: list[tuple[int, ...]] = []
         blob, first = b"", [0] * 257
-        contents = [(token["content"].encode(), token) for token in self.added]
+        contents = [(self.matched_content(token), token) for token in self.added]
         for content, token in sorted(contents, key=lambda c: (c[0][0], -len(c[0]), c[0])):
             if token.get("single_word"):
                 raise refusal(f"the added token {token['content']!r} that is a word of its own")
@@ -238,6 +243,13 @@ class TextTables:
             for byte in range(content[0] + 1, 257):
                 first[byte] += 1
         return rows, blob, first
+
+    def matched_content(self, token: Mapping[str, Any]) -> bytes:
+        """Return what an added token is found by: normalized, if it is looked for in such text."""
+        content: str = token["content"]
+        if token.get("normalized") and self.whole.normalizer is not None:
+            content = self.whole.normalizer.normalize_str(content)
+        return content.encode()
 
     def edit_rows(self) -> tuple[list[tuple[int, ...]], bytes]:
         """Return the edits and their bytes."""
@@ -345,10 +357,8 @@ def refusal(what: str) -> UnsupportedError:
 
 def text_tables(tokenizer: bytes) -> bytes:
     """Return the tables of a tokenizer.json. UnsupportedError says what it needs that they lack."""
-    from tokenizers import Tokenizer
-
-    tables = TextTables(json.loads(tokenizer))
     whole = Tokenizer.from_buffer(tokenizer)
+    tables = TextTables(json.loads(tokenizer), whole)
     plain = whole.encode("a", add_special_tokens=False).ids
     marked = whole.encode("a", add_special_tokens=True).ids
     at = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)

@@ -25,13 +25,16 @@ HEADER = DEVICE / "qc_model.h"
 LIBRARY, ARCHIVE, RUNNER = "libmodel.so", "libmodel.a", "runner"
 
 FLAGS = (
-    "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections",
-    "-fno-asynchronous-unwind-tables", "-Wall", "-Wextra",
+    "-std=gnu11", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden",
+    "-ffunction-sections", "-fdata-sections", "-fno-asynchronous-unwind-tables", "-Wall", "-Wextra",
 )  # fmt: skip
 CROSS = {"aarch64": "aarch64-linux-gnu-"}
 """Prefixes of Debian's cross compilers."""
 PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu"}
 EXPORTED = "qcm_*"
+LINKING = {"aarch64": ("-Wl,-z,norelro",)}
+"""Pages of ARM may have 64 KB: making the few relocated addresses read-only later would put up to
+so many zeros into the file in front of them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Toolchain:
 
     compiler: tuple[str, ...]
     prefix: str
+    linking: tuple[str, ...] = ()
 
     def run(self, command: Sequence[object], what: str) -> None:
         """Run a tool."""
@@ -69,7 +73,16 @@ class Toolchain:
         shared = ["-shared", f"-Wl,-soname,{LIBRARY}", "-Wl,-z,defs", "-Wl,-z,noexecstack",
                   f"-Wl,--version-script={script}"]  # fmt: skip
         self.run(
-            [*self.compiler, *shared, *strip, *objects, "-o", folder / LIBRARY, *libraries],
+            [
+                *self.compiler,
+                *shared,
+                *self.linking,
+                *strip,
+                *objects,
+                "-o",
+                folder / LIBRARY,
+                *libraries,
+            ],
             f"link {LIBRARY}",
         )
         # One object whose other names are hidden: several models can be linked into a program
@@ -100,7 +113,7 @@ def toolchain_for(architecture: str) -> Toolchain:
     installed."""
     here = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     if architecture == here:
-        return Toolchain(tuple(c_compiler()), "")
+        return Toolchain(tuple(c_compiler()), "", LINKING.get(architecture, ()))
     prefix = CROSS.get(architecture)
     if prefix is None:
         raise TargetError(f"this machine is {here}: nothing is known to build for {architecture}")
@@ -109,4 +122,4 @@ def toolchain_for(architecture: str) -> Toolchain:
             f"no {prefix}gcc is installed, which builds for {architecture} "
             f"(Debian: {PACKAGES[architecture]})"
         )
-    return Toolchain((f"{prefix}gcc",), prefix)
+    return Toolchain((f"{prefix}gcc",), prefix, LINKING.get(architecture, ()))

@@ -60,6 +60,8 @@ qcm_status qcm_open(const char *path, uint32_t abi, uint32_t flags, qcm_model **
   if (lacking)
     return fail(QCM_BAD_CPU, "this model was built for %s; this CPU has no %s", program.target,
                 lacking);
+  if (program.tiles && qc_request_tiles())
+    return fail(QCM_BAD_CPU, "the system refuses AMX tiles to this process");
   qcm_model *opened = calloc(1, sizeof *opened);
   if (!opened) return fail(QCM_NO_MEMORY, "no memory for a model");
   qcm_status status = weights_open(path, flags, &opened->weights);

@@ -3,7 +3,7 @@
  * way and the stack holds at most one frame an instruction. */
 #include "text.h"
 
-enum { MOST_FRAMES = 256 };
+enum { MOST_FRAMES = 256, MOST_CODE = 512, LAST_SPLIT = 4 };
 
 typedef enum operation {
   FOUND,      /* the end of a pattern, or of what is looked ahead for */
@@ -29,6 +29,27 @@ typedef struct frame {
   uint32_t instruction;
   size_t least, at; /* go on here; from `at` back to `least`, character by character */
 } frame;
+
+bool patterns_are_consistent(const text_tables *tables) {
+  const text_span *s = tables->sections;
+  const instruction *code = s[TEXT_CODE].at;
+  const character_class *classes = s[TEXT_CLASSES].at;
+  const uint32_t(*splits)[2] = s[TEXT_SPLITS].at, count = s[TEXT_CODE].count;
+  for (uint32_t i = 0; i < s[TEXT_SPLITS].count; i++)
+    if (splits[i][0] >= count || splits[i][1] > LAST_SPLIT) return false;
+  for (uint32_t i = 0; i < s[TEXT_CLASSES].count; i++)
+    if ((uint64_t)classes[i].first + classes[i].ranges > s[TEXT_RANGES].count) return false;
+  for (uint32_t i = 0; i < count; i++) {
+    const instruction *one = &code[i];
+    bool repeats = one->operation == REPEAT || one->operation == HOLD;
+    bool jumps = one->operation == FORK || one->operation == GO || one->operation == AHEAD ||
+                 one->operation == NOT_AHEAD;
+    if (one->operation >= OPERATIONS || (repeats && one->a >= s[TEXT_CLASSES].count) ||
+        (jumps && (one->a <= i || one->a >= count)))
+      return false;
+  }
+  return count <= MOST_CODE && (count == 0 || code[count - 1].operation == FOUND);
+}
 
 uint32_t character_at(const uint8_t *text, size_t size, size_t at, size_t *bytes) {
   static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};

@@ -51,7 +51,7 @@ typedef struct program_facts {
   uint32_t sizes, dims, tensors, arguments, steps, weights, states, ends;
   int64_t context, chunk;
   int32_t vocabulary, below, begin;
-  uint8_t token_bits, logit_bits;
+  uint8_t token_bits, logit_bits, tiles; /* tiles: kernels use AMX */
   uint32_t arena[PLANS]; /* lines of 64 bytes */
   uint32_t workspace;    /* bytes that the kernels of one thread need at a time */
 } program_facts;

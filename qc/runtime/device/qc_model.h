@@ -5,8 +5,8 @@
  * number of times, and have any number of sessions; sessions may be used from several threads, each
  * by one thread at a time. Calls of all sessions share one pool of threads and take turns.
  *
- * Functions return QCM_OK, or a status whose sentence qcm_error() has. Nothing allocates memory after
- * qcm_start, except what a caller passes in.
+ * Functions return QCM_OK, or a status whose sentence qcm_error() has. Nothing allocates memory once a
+ * session has started, but for qcm_encode, which gives it back, and threads that are added later.
  */
 #ifndef QC_MODEL_H_
 #define QC_MODEL_H_
@@ -103,7 +103,8 @@ QCM_API qcm_status qcm_rewind(qcm_session *session, int64_t count);
 QCM_API qcm_status qcm_encode(const qcm_model *model, const char *text, size_t bytes, int special,
                               int32_t *tokens, size_t room, size_t *count);
 
-/* A decoder of tokens, to be zeroed before the first token of a text. */
+/* A decoder of tokens, to be zeroed before the first token of a text. `started` is 1 where the text goes
+ * on after a prompt: some tokenizers drop the space that a text starts with. */
 typedef struct qcm_decoder {
   uint8_t pending[4]; /* bytes of an unfinished character */
   uint8_t count;

@@ -6,7 +6,7 @@
 
 #include "failing.h"
 
-enum { FORMAT = 1, MOST_SPLITS = 16 };
+enum { FORMAT = 1, MOST_SPLITS = 16, MOST_BYTES = 1 << 26 /* of a text, edited */ };
 
 /* Kinds of edits. With EDIT_LATER they come after added tokens have been cut out. */
 enum { EDIT_PREPEND, EDIT_REPLACE, EDIT_PREPEND_UNLESS, EDIT_PREPEND_FIRST, EDIT_LATER = 256 };
@@ -46,28 +46,64 @@ static bool rises(text_span ends, uint32_t last) {
   return ends.count && at[0] == 0 && at[ends.count - 1] == last;
 }
 
+static bool tokens_exist(text_span tokens, uint32_t vocabulary) {
+  const uint32_t *at = tokens.at;
+  for (uint32_t i = 0; i < tokens.count; i++)
+    if (at[i] >= vocabulary) return false;
+  return true;
+}
+
+static bool merges_are_consistent(const text_tables *tables) {
+  const text_span *s = tables->sections;
+  const uint32_t(*merges)[3] = s[TEXT_MERGES].at, (*starts)[2] = s[TEXT_STARTS].at;
+  for (uint32_t i = 0; i < s[TEXT_MERGES].count; i++)
+    if (merges[i][0] >= tables->vocabulary || merges[i][2] >= tables->vocabulary) return false;
+  for (uint32_t i = 0; i < s[TEXT_STARTS].count; i++)
+    if (starts[i][1] >= tables->vocabulary) return false;
+  return s[TEXT_MERGE_ENDS].count == tables->vocabulary + 1 &&
+         rises(s[TEXT_MERGE_ENDS], s[TEXT_MERGES].count);
+}
+
+static bool added_are_consistent(const text_tables *tables) {
+  const text_span *s = tables->sections;
+  const added_token *added = s[TEXT_ADDED].at;
+  for (uint32_t i = 0; i < s[TEXT_ADDED].count; i++)
+    if (added[i].token >= tables->vocabulary || added[i].size == 0 ||
+        (uint64_t)added[i].start + added[i].size > s[TEXT_ADDED_BYTES].count)
+      return false;
+  return s[TEXT_ADDED_FIRST].count == 257 && rises(s[TEXT_ADDED_FIRST], s[TEXT_ADDED].count);
+}
+
+/* Edits that come later must stand behind the others: edited_bytes() goes through them in order. */
+static bool edits_are_consistent(const text_tables *tables) {
+  const text_span *s = tables->sections;
+  const edit *edits = s[TEXT_EDITS].at;
+  uint32_t phase = 0;
+  for (uint32_t i = 0; i < s[TEXT_EDITS].count; i++) {
+    const edit *one = &edits[i];
+    uint32_t kind = one->kind % EDIT_LATER;
+    if (kind > EDIT_PREPEND_FIRST || one->kind - kind > EDIT_LATER || one->kind - kind < phase ||
+        one->first_size == 0 ||
+        (uint64_t)one->first + one->first_size > s[TEXT_EDIT_BYTES].count ||
+        (uint64_t)one->second + one->second_size > s[TEXT_EDIT_BYTES].count)
+      return false;
+    phase = one->kind - kind;
+  }
+  return true;
+}
+
 static bool is_consistent(const text_tables *tables) {
   const text_span *s = tables->sections;
   uint32_t vocabulary = tables->vocabulary;
-  const uint32_t(*merges)[3] = s[TEXT_MERGES].at;
-  for (uint32_t i = 0; i < s[TEXT_MERGES].count; i++)
-    if (merges[i][0] >= vocabulary || merges[i][2] >= vocabulary) return false;
-  const uint32_t(*starts)[2] = s[TEXT_STARTS].at;
-  for (uint32_t i = 0; i < s[TEXT_STARTS].count; i++)
-    if (starts[i][1] >= vocabulary) return false;
-  const int32_t *bytes = s[TEXT_BYTES].at;
-  for (uint32_t i = 0; i < s[TEXT_BYTES].count; i++)
-    if (bytes[i] < 0 || (uint32_t)bytes[i] >= vocabulary) return false;
-  const added_token *added = s[TEXT_ADDED].at;
-  for (uint32_t i = 0; i < s[TEXT_ADDED].count; i++)
-    if (added[i].token >= vocabulary || added[i].size == 0 ||
-        (uint64_t)added[i].start + added[i].size > s[TEXT_ADDED_BYTES].count)
-      return false;
   return s[TEXT_PIECE_ENDS].count == vocabulary + 1 && s[TEXT_FLAGS].count == vocabulary &&
-         s[TEXT_MERGE_ENDS].count == vocabulary + 1 && s[TEXT_ADDED_FIRST].count == 257 &&
-         s[TEXT_SPLITS].count <= MOST_SPLITS && rises(s[TEXT_PIECE_ENDS], s[TEXT_PIECES].count) &&
-         rises(s[TEXT_MERGE_ENDS], s[TEXT_MERGES].count) &&
-         rises(s[TEXT_ADDED_FIRST], s[TEXT_ADDED].count);
+         rises(s[TEXT_PIECE_ENDS], s[TEXT_PIECES].count) &&
+         (s[TEXT_BYTES].count == 0 || s[TEXT_BYTES].count == 256) &&
+         tokens_exist(s[TEXT_BYTES], vocabulary) && tokens_exist(s[TEXT_SORTED], vocabulary) &&
+         tokens_exist(s[TEXT_BEFORE], vocabulary) && tokens_exist(s[TEXT_AFTER], vocabulary) &&
+         tables->unknown < (int64_t)vocabulary && tables->unknown >= -1 &&
+         merges_are_consistent(tables) && added_are_consistent(tables) &&
+         edits_are_consistent(tables) && s[TEXT_SPLITS].count <= MOST_SPLITS &&
+         patterns_are_consistent(tables);
 }
 
 qcm_status text_open(const uint8_t *bytes, size_t size, int32_t below, text_tables *tables) {
@@ -82,7 +118,7 @@ qcm_status text_open(const uint8_t *bytes, size_t size, int32_t below, text_tabl
       return fail(QCM_BAD_FILE, "section %d of the tokenizer lies outside of it", i);
     tables->sections[i] = (text_span){bytes + start, (uint32_t)count};
   }
-  if (head->vocabulary > (uint32_t)below || !is_consistent(tables))
+  if (head->vocabulary > (uint32_t)below || head->vocabulary > INT32_MAX || !is_consistent(tables))
     return fail(QCM_BAD_FILE, "the tokenizer in the weights contradicts itself or the model");
   const uint32_t *ends = tables->sections[TEXT_PIECE_ENDS].at;
   size_t longest = 0;
@@ -108,6 +144,7 @@ static size_t edited_bytes(const text_tables *tables, size_t size) {
       size += edits[i].first_size + 1;
     else if (edits[i].second_size > edits[i].first_size)
       size += size / edits[i].first_size * (edits[i].second_size - edits[i].first_size);
+    if (size > MOST_BYTES) return MOST_BYTES + 1;
   }
   return size;
 }
@@ -278,8 +315,8 @@ static void put_all(token_sink *sink, text_span tokens) {
 
 qcm_status text_encode(const text_tables *tables, const char *text, size_t bytes, int special,
                        int32_t *tokens, size_t room, size_t *count) {
-  if (bytes > UINT32_MAX / 64) return fail(QCM_BAD_CALL, "a text of %zu bytes is too long", bytes);
-  size_t most = edited_bytes(tables, bytes) + 1;
+  size_t most = bytes > MOST_BYTES ? bytes : edited_bytes(tables, bytes) + 1;
+  if (most > MOST_BYTES) return fail(QCM_BAD_CALL, "a text of %zu bytes is too long", bytes);
   most = (most + 15) / 16 * 16;
   uint8_t *memory = malloc(4 * most + merging_bytes(most));
   if (!memory) return fail(QCM_NO_MEMORY, "no memory to encode %zu bytes", bytes);

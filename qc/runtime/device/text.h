@@ -80,6 +80,9 @@ size_t text_decode(const text_tables *tables, qcm_decoder *decoder, int32_t toke
 
 /* ---- patterns.c ---- */
 
+/* Whether patterns go forward to their ends, inside of the tables. */
+bool patterns_are_consistent(const text_tables *tables);
+
 /* Match the pattern that starts at an instruction against text[at ..]; return the end, or `at`. */
 size_t pattern_match(const text_tables *tables, uint32_t instruction, const uint8_t *text,
                      size_t size, size_t at);

@@ -99,8 +99,8 @@ def test_examples_run(how: str, place: Path, artifact: Artifact, tmp_path: Path)
         program = tmp_path / "program"
         source = ROOT / "examples" / "device.c"
         subprocess.run(
-            [*c_compiler(), f"-I{place}", str(source), str(place / "libmodel.a"), "-Wall", "-Werror",
-             "-lpthread", "-lm", "-o", str(program)],
+            [*c_compiler(), "-Wall", "-Werror", f"-I{place}", str(source),
+             str(place / "libmodel.a"), "-lpthread", "-lm", "-o", str(program)],
             check=True,
         )  # fmt: skip
         command = [str(program), str(place / "weights.qcw"), PROMPT]
@@ -199,6 +199,7 @@ def test_the_manifest_describes_every_file(place: Path) -> None:
     assert manifest["context_length"] == CONTEXT
 
 
+@pytest.mark.slow
 def test_builds_are_reproducible(base: Path, place: Path, tmp_path: Path) -> None:
     """In another process, whose sets and dictionaries of objects have another order."""
     command = [
@@ -210,6 +211,7 @@ def test_builds_are_reproducible(base: Path, place: Path, tmp_path: Path) -> Non
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_torch_artifact_builds_as_its_model(base: Path, place: Path, tmp_path: Path) -> None:
     qc.compile(llama_folder(base), "torch-w4", output=tmp_path / "stored")
     build(tmp_path / "stored", "cpu-w4", tmp_path / "built")

@@ -60,12 +60,7 @@ class DeviceText:
     @property
     def message(self) -> str:
         """What went wrong."""
-        return (
-            ctypes.c_char.in_dll(self.library, "message").value.decode()
-            and ctypes.string_at(
-                ctypes.addressof(ctypes.c_char.in_dll(self.library, "message"))
-            ).decode()
-        )
+        return (ctypes.c_char * 1024).in_dll(self.library, "message").value.decode()
 
     def encode(self, text: str | bytes, special: bool = False) -> list[int]:
         """Return the tokens of a text."""

@@ -64,9 +64,8 @@ class ArmStream(Int8Stream):
                 ArmRowTile(inputs, reader, row, 1).add(sums[0])
                 return
             tile = ArmTile(inputs, reader, row, height)
-            for first in range(0, BLOCK, LANES):
-                with T.serial(T.int64(0), T.int64(self.stream.inner // tile.unit)) as unit:
-                    tile.emit_unit(unit, sums, [first])
+            with T.serial(T.int64(0), T.int64(BLOCK // LANES)) as vector:
+                tile.emit_vector(vector * LANES, self.stream.inner // tile.unit, sums)
 
         return add
 
@@ -91,7 +90,7 @@ class ArmReader(StreamReader):
         """Say whether codes lose 128."""
         return self.target.has("asimddp") and self.stream.format.bits_per_code == WIDE
 
-    def minimum(self, head: Any, first: int, scale: Any) -> Any:
+    def minimum(self, head: Any, first: Any, scale: Any) -> Any:
         offset = super().minimum(head, first, scale)
         if not self.is_shifted:
             return offset
@@ -111,7 +110,40 @@ class ArmTile(Tile):
 
     reader: ArmReader
 
-    def emit_step(self, codes: Any, first_input: Any, first: int) -> list[Any]:
+    def emit_vector(self, first: Any, units: int, sums: Sequence[Any]) -> None:
+        """Add the products of all inputs with the outputs from `first` on to the sums of all rows.
+
+        A tile goes over the block once for each vector of outputs. Where the vector is a variable,
+        the sums of the other vectors are in memory: in registers they would be 12 of 32, and what
+        the loop works with would be spilled.
+        """
+        own = [accumulator(LANES, size=LANES) for _ in range(self.height)]
+        with T.serial(T.int64(0), T.int64(units)) as unit:
+            self.emit_unit_at(unit, own, first)
+        for mine, all_sums in zip(own, sums, strict=True):
+            at = span(first, LANES)
+            T.buffer_store(all_sums, all_sums[at] + mine[span(0, LANES)], [at])
+
+    def emit_unit_at(self, unit: Any, sums: Sequence[Any], first: Any) -> None:
+        """Add the products of one unit of inputs with the outputs from `first` on."""
+        stream = self.reader.stream
+        units = stream.group // self.unit
+        head = T.Bind(self.reader.head(T.floordiv(unit, T.int64(units))))
+        skipped = T.floormod(unit, T.int64(units)) * (self.unit // STEP * stream.step_bytes)
+        codes = T.Bind(head + stream.head_bytes + skipped)
+        first_input = T.Bind(unit * self.unit)
+        group, rows, at = self.group_of(first_input), range(self.height), span(0, LANES)
+        integers = self.emit_integers(codes, first_input, first)
+        scale = self.reader.scale(head, first)
+        minimum = self.reader.minimum(head, first, scale)
+        for r in rows:
+            input_scale = self.read(self.inputs.scale, r, group)
+            exact = T.Cast("float32x4", integers[r]) * splat(input_scale, LANES)
+            total = self.total(r, unit, first_input, input_scale)
+            value = sums[r][at] + scale * exact + minimum * splat(total, LANES)
+            T.buffer_store(sums[r], value, [at])
+
+    def emit_step(self, codes: Any, first_input: Any, first: Any) -> list[Any]:
         quads = self.reader.quads(codes, first)
         if not self.target.has("asimddp"):
             return self.widened_step(quads, first_input)

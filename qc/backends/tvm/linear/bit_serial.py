@@ -1,4 +1,4 @@
-"""Products of int8 activations and bit planes by table lookup, on x86.
+"""Products of int8 activations and bit planes by table lookup.
 
 For each four consecutive inputs a table has the sum of every subset; the four bits of a weight's
 plane say which one. One lookup replaces four products, and b bits cost b lookups:
@@ -36,8 +36,9 @@ from qc.backends.tvm.linear.bit_serial_layout import (
     plane_stream_of,
 )
 from qc.backends.tvm.linear.bit_serial_reader import PlaneReader, decoded_panel, shuffled
+from qc.backends.tvm.linear.byte_lookup import byte_lookup, every_other, pairs_of_products
 from qc.backends.tvm.linear.inputs import Inputs
-from qc.backends.tvm.linear.int8_dot import ADD_PAIRS, MULTIPLY_BYTES, PREFETCH_BYTES
+from qc.backends.tvm.linear.int8_dot import PREFETCH_BYTES
 from qc.backends.tvm.linear.layout import BLOCK, QUADS, STEP
 from qc.backends.tvm.linear.panels import FLOAT_TILES, add_tile, reader_of
 from qc.backends.tvm.linear.skeleton import Signature
@@ -51,12 +52,7 @@ from qc.backends.tvm.linear.vectors import (
     splat,
     typed,
 )
-
-LOOKUP = {
-    16: "llvm.x86.ssse3.pshuf.b.128",
-    32: "llvm.x86.avx2.pshuf.b",
-    64: "llvm.x86.avx512.pshuf.b.512",
-}
+from qc.ir.target import Target
 
 RADIX = 32
 SHIFTS = {False: ((3, 16), (28, 15)), True: ((512, 0), (512, 0))}
@@ -118,7 +114,7 @@ class BitSerial(TermKernel):
 def bit_serial_term(place: Place) -> TermKernel | None:
     """Look sums up where int8 activations meet bit planes, both in groups of whole steps."""
     activation = place.activation
-    if activation is None or activation.bits != 8 or not place.target.has("ssse3"):
+    if activation is None or activation.bits != 8 or byte_lookup(place.target) is None:
         return None
     stream = plane_stream_of(place.format, place.outer, place.inner)
     if stream is None or min(activation.group or STEP, place.inner) % STEP:
@@ -281,7 +277,7 @@ class Row:
         group = T.floordiv(first_input, T.int64(self.activation_group))
         scale = T.Bind(self.inputs.scale[self.row, group])
         for plane, integers in enumerate(self.integers(codes, first_input)):
-            for number, value in enumerate(widened(integers, lanes)):
+            for number, value in enumerate(widened(integers, lanes, self.reader.target)):
                 at = span(number * lanes, lanes)
                 value = T.Cast(typed("float32", lanes), value)
                 T.buffer_store(
@@ -384,12 +380,16 @@ class Lookups:
 
     def looked_up(self, table: Any, pattern: Any) -> Any:
         """Look a vector of patterns up."""
-        return pure(f"int8x{self.width}", LOOKUP[self.width], table, pattern)
+        lookup = byte_lookup(self.reader.target)
+        assert lookup is not None
+        return lookup(table, pattern)
 
     def differences(self, low: list[Any], high: list[Any]) -> list[Any]:
         """Return 32 high + low of the even bytes minus that of the odd ones."""
         return [
-            T.Bind(weighed(unsigned_by(a, 1, -1)) + weighed(unsigned_by(b, RADIX, -RADIX)))
+            T.Bind(
+                self.weighed(unsigned_by(a, 1, -1)) + self.weighed(unsigned_by(b, RADIX, -RADIX))
+            )
             for a, b in zip(
                 map(self.whole_pattern, low), map(self.whole_pattern, high), strict=True
             )
@@ -406,7 +406,7 @@ class Lookups:
                 for n in range(8)
                 for digit in range(2)
             ]
-            found.append(T.Bind(weighed(by_unsigned(shuffled([a, b], order)))))
+            found.append(T.Bind(self.weighed(by_unsigned(shuffled([a, b], order)))))
         return found
 
     def combined_alone(self, low: list[Any], high: list[Any]) -> list[Any]:
@@ -415,7 +415,7 @@ class Lookups:
         if self.width == SLOT:
             orders = [[8 * half + n + SLOT * d for n in range(8) for d in range(2)]
                       for half in range(2)]  # fmt: skip
-            return [T.Bind(weighed(by_unsigned(shuffled([a, b], order)))) for order in orders]
+            return [T.Bind(self.weighed(by_unsigned(shuffled([a, b], order)))) for order in orders]
         lanes = [
             shuffled([a, b], [start + SLOT * lane + n for start in (0, self.width)
                               for n in range(SLOT)])
@@ -423,7 +423,11 @@ class Lookups:
         ]  # fmt: skip
         both = T.Bind(sum(lanes[1:], lanes[0]))
         order = [n + SLOT * digit for n in range(SLOT) for digit in range(2)]
-        return [T.Bind(weighed(by_unsigned(shuffled([both], order))))]
+        return [T.Bind(self.weighed(by_unsigned(shuffled([both], order))))]
+
+    def weighed(self, operands: tuple[Any, Any]) -> Any:
+        """Multiply unsigned by signed bytes and add neighbours: int16."""
+        return pairs_of_products(*operands, self.reader.target)
 
     def whole_pattern(self, sums: Any) -> Any:
         """Add the patterns of several quads in a vector of 64 bytes."""
@@ -431,12 +435,6 @@ class Lookups:
             return sums
         halves = [shuffled([sums], range(start, start + 32)) for start in (0, 32)]
         return T.Bind(halves[0] + halves[1])
-
-
-def weighed(operands: tuple[Any, Any]) -> Any:
-    """Multiply unsigned by signed bytes and add neighbours: int16."""
-    size = lanes_of(operands[0])
-    return pure(f"int16x{size // 2}", MULTIPLY_BYTES[size], *operands)
 
 
 def by_unsigned(pairs: Any) -> tuple[Any, Any]:
@@ -453,12 +451,11 @@ def unsigned_by(pairs: Any, first: int, second: int) -> tuple[Any, Any]:
     return T.reinterpret(f"uint8x{size}", pairs), T.reinterpret(f"int8x{size}", weights)
 
 
-def widened(integers: list[Any], lanes: int) -> list[Any]:
+def widened(integers: list[Any], lanes: int, target: Target) -> list[Any]:
     """Return int16[16] in the order of the layout as int32, in the order of the outputs."""
-    found = []
-    for weights in (1, 1 << 16):  # the even ones are outputs 0 to 7
-        for value in integers:
-            count = lanes_of(value)
-            ones = T.reinterpret(f"int16x{count}", splat(T.int32(weights), count // 2))
-            found.append(T.Bind(pure(f"int32x{count // 2}", ADD_PAIRS[2 * count], value, ones)))
+    found = [
+        T.Bind(every_other(value, odd, target))  # the even ones are outputs 0 to 7
+        for odd in (False, True)
+        for value in integers
+    ]
     return [shuffled(found, range(lanes))] if lanes == BLOCK else found

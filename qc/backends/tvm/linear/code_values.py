@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear.bit_serial import LOOKUP
 from qc.backends.tvm.linear.bit_serial_reader import shuffled
+from qc.backends.tvm.linear.byte_lookup import ByteLookup, byte_lookup
 from qc.backends.tvm.linear.code_lanes import QUAD_BYTES
 from qc.backends.tvm.linear.code_products import CODE, TABLE_BITS
 from qc.backends.tvm.linear.plan import BLOCK_INDEX
-from qc.backends.tvm.linear.vectors import halves_to_float, pure, span, splat
+from qc.backends.tvm.linear.vectors import halves_to_float, span, splat
 from qc.ir.target import Target
 from qc.ir.weights.expression import Code, Expr, Load, ToFloat, TorchRendering, walk
 from qc.ir.weights.weight import ArraySpec
@@ -94,6 +94,7 @@ class Planes(CodeValues):
 
     value: Expr
     count: int
+    lookup: ByteLookup
     parts: int = 1
 
     @property
@@ -151,22 +152,18 @@ class Planes(CodeValues):
         found = []
         for part in range(self.parts):
             own = T.bitwise_xor(codes, splat(T.uint8(TABLE * part), self.size)) if part else codes
-            found.append(T.Bind(own + splat(T.uint8(0x70), self.size)))
+            above = splat(T.uint8(self.lookup.above), self.size)
+            found.append(T.Bind(own + above) if self.lookup.above else T.Bind(own))
         return found
 
     def plane(self, tables: list[Any], places: list[Any]) -> Any:
         """Look one byte of all values up."""
         kind = f"uint8x{self.size}"
         found = [
-            T.reinterpret(kind, looked_up(table, place, self.size))
+            T.reinterpret(kind, self.lookup(table, place))
             for table, place in zip(tables, places, strict=True)
         ]
         return T.Bind(reduce(T.bitwise_or, found))
-
-
-def looked_up(table: Any, codes: Any, size: int) -> Any:
-    """Look bytes below 16 up."""
-    return pure(f"int8x{size}", LOOKUP[size], table, codes)
 
 
 def interleaved(low: Any, high: Any, half: int, width: int) -> Any:
@@ -294,9 +291,10 @@ def choose_values(
     """Choose how to widen codes that mean `value`; None where no way does."""
     size, bits = target.vector_bytes, code.width
     stored = any(isinstance(each, Load | Code) for each in walk(value))
-    if bits <= (MOST_TABLE_BITS if stored else TABLE_BITS) and target.has("ssse3"):
+    lookup = byte_lookup(target)
+    if bits <= (MOST_TABLE_BITS if stored else TABLE_BITS) and lookup is not None:
         parts = max(1, (1 << bits) // TABLE)
-        return Planes(size, value, planes_of(value, bits, specs), parts)
+        return Planes(size, value, planes_of(value, bits, specs), lookup, parts)
     if stored:
         return None
     if value == ToFloat(CODE):

@@ -18,6 +18,7 @@ from tvm.tirx.script import builder as T
 
 from qc.backends.tvm.linear.along_inputs import AlongInputs, prefetch_codes
 from qc.backends.tvm.linear.bit_serial_reader import shuffled
+from qc.backends.tvm.linear.byte_lookup import byte_lookup
 from qc.backends.tvm.linear.code_products import CODE, TABLE_BITS, in_segments, own_code, replaced
 from qc.backends.tvm.linear.code_values import PLANES, TABLE, Planes
 from qc.backends.tvm.linear.codes import Part
@@ -211,7 +212,8 @@ def load(tables: Any, output: Any, segment: Any, planes: Planes) -> list[Any]:
 def row_tables_term(place: Place) -> TermKernel | None:
     """Look codes up that have one meaning in a row, or in segments of it."""
     decode = place.format.decode(place.shape, ROW, COL)
-    if is_structural(decode) or place.inner < STEP or not place.target.has("ssse3"):
+    lookup = byte_lookup(place.target)
+    if is_structural(decode) or place.inner < STEP or lookup is None:
         return None
     decode = simplify(decode, dict(zip((ROW, COL), place.shape, strict=True)))
     code = own_code(decode)
@@ -220,7 +222,7 @@ def row_tables_term(place: Place) -> TermKernel | None:
     value = replaced(decode, code)
     if any(CODE in walk(each) and isinstance(each, Code) for each in walk(value)):
         return None
-    planes = Planes(place.target.vector_bytes, value, planes_of(value, place))
+    planes = Planes(place.target.vector_bytes, value, planes_of(value, place), lookup)
     order = [0] * planes.size
     for number in range(planes.size):
         order[planes.byte_of(*divmod(number, planes.lanes))] = number
