@@ -350,8 +350,8 @@ def escaped(text: str) -> str:
 def refusal(what: str) -> UnsupportedError:
     """Say what of a tokenizer a device package cannot hold."""
     return UnsupportedError(
-        f"the tokenizer has {what}, which device packages cannot hold: build without it "
-        "(--no-tokenizer) and give token ids"
+        f"the tokenizer has {what}, which device packages cannot hold: build from a "
+        "folder without tokenizer files, and give token ids"
     )
 
 

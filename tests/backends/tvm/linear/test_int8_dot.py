@@ -35,6 +35,11 @@ def cases() -> list[Case]:
     pairs = [(128, G32), (64, ActivationFormat(8, 128)), (None, PER_TOKEN), (32, PER_TOKEN)]
     found += [Case(48, 320, (GroupedFormat(4, group, "minimum"),), a) for group, a in pairs]
     found += [Case(300, 576, (GroupedFormat(bits, 128, "zero"),), G32) for bits in (5, 6, 7)]
+    coded = GroupedFormat(6, None, "none")  # scales and minima as codes times a factor of the row
+    found.append(Case(33, 96, (GroupedFormat(3, 32, "minimum", 1, coded, coded),), G32))
+    found.append(Case(48, 192, (GroupedFormat(2, 64, "minimum", 1, None, coded),), G32))
+    found.append(Case(16, 96, (GroupedFormat(4, 32, "symmetric", 1, coded),), G32, "bias"))
+    found.append(Case(31, 160, (GroupedFormat(4, 32, "zero", 1, coded),), PER_TOKEN))
     return found
 
 
