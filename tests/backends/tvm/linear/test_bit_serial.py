@@ -10,7 +10,7 @@ import pytest
 import torch
 from tvm.tirx.script import builder as T
 
-from qc.backends.tvm.linear import bit_serial, int8_dot
+from qc.backends.tvm.linear import byte_lookup, int8_dot
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.backends.tvm.linear.vectors import lanes_of, pure
 from qc.ir.ops import Parameter
@@ -71,7 +71,7 @@ def test_the_lookup_takes_every_case() -> None:
 
 def in_parts(result: str, intrinsic: str, *operands: Any) -> Any:
     """Compute instructions on bytes and pairs in vectors of 16 bytes, which every machine has."""
-    for table in (bit_serial.LOOKUP, int8_dot.MULTIPLY_BYTES, int8_dot.ADD_PAIRS):
+    for table in (byte_lookup.SHUFFLES, int8_dot.MULTIPLY_BYTES, int8_dot.ADD_PAIRS):
         if intrinsic not in table.values():
             continue
         kind, _, lanes = result.rpartition("x")
@@ -95,7 +95,7 @@ def test_kernels_of_64_bytes_are_right_but_for_the_instructions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Any machine can run 64-byte vectors, split by LLVM, with the lookups of 16 bytes."""
-    monkeypatch.setattr(bit_serial, "pure", in_parts)
+    monkeypatch.setattr(byte_lookup, "pure", in_parts)
     wide = replace(V4, llvm_cpu=host_cpu().llvm_cpu)
     chosen = [cases()[number] for number in (1, 3, 13, 20)]  # small ones: LLVM takes long
     errors = worst_error(linear_rule, chosen, wide, ROWS)
