@@ -26,7 +26,7 @@ from qc.backends.device.workspace import workspace_bytes
 from qc.backends.lowering import Lowered
 from qc.backends.stored import tensor_sources
 from qc.backends.tvm.artifact import manifest_of
-from qc.backends.tvm.build import Progress, compile_kernels
+from qc.backends.tvm.build import Progress, compile_objects
 from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.lower import lower
 from qc.backends.tvm.rules import CPU_RULES
@@ -86,10 +86,9 @@ def compile_package(
     """Compile kernels, program and runtime; write library, archive and runner to `folder`."""
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        kernels, source = place / "kernels.o", place / "program.c"
-        compile_kernels(lowered.kernels, lowered.target).write_to_file(str(kernels), "o")
+        source = place / "program.c"
         source.write_text(program.source(workspace))
-        objects = [kernels]
+        objects = compile_objects(lowered.kernels, lowered.target, place)
         includes = (DEVICE, RUNTIME / "native")
         for file in (source, *SOURCES, DEVICE / "runner.c"):
             objects.append(place / f"{file.stem}.o")

@@ -19,10 +19,12 @@
 #include "text.h"
 #include "weights.h"
 
-enum { LINE = 64, CONTEXT_MULTIPLE = 64, HUGE_PAGE = 2 * 1024 * 1024, ERROR_BYTES = 1024 };
+enum { LINE = 64, CONTEXT_MULTIPLE = 64, HUGE_PAGE = 2 * 1024 * 1024, ERROR_BYTES = 1024,
+       ALL_THREADS = 1 << 20 /* tasks, of which as many come as there are threads, at once */ };
 
 typedef struct qc_group qc_group;
 int TVMBackendParallelLaunch(int (*task)(int, qc_group *, void *), void *closure, int count);
+int TVMBackendParallelBarrier(int task, qc_group *group);
 void *TVMBackendAllocWorkspace(int device, int id, uint64_t bytes, int code, int bits);
 int TVMBackendFreeWorkspace(int device, int id, void *pointer);
 
@@ -230,8 +232,10 @@ static void fill_tables(qcm_session *session, int plan, char **states) {
                                .nargs = (int32_t)program_steps[i].count};
 }
 
+/* Reserve the workspace of a thread. It waits for the others, so that each has one task. */
 static int touch_workspace(int task, qc_group *group, void *closure) {
-  (void)task, (void)group, (void)closure;
+  (void)closure;
+  if (TVMBackendParallelBarrier(task, group)) return -1;
   void *workspace = TVMBackendAllocWorkspace(1, 0, program.workspace, 1, 8);
   return workspace ? TVMBackendFreeWorkspace(1, 0, workspace) : -1;
 }
@@ -259,7 +263,7 @@ qcm_status qcm_start(const qcm_model *model, int64_t context, qcm_session **sess
   started->context = bounded(context);
   for (int plan = 0; plan < PLANS; plan++) fill_tables(started, plan, states);
   free(states);
-  if (program.workspace && TVMBackendParallelLaunch(touch_workspace, NULL, 0)) {
+  if (program.workspace && TVMBackendParallelLaunch(touch_workspace, NULL, ALL_THREADS)) {
     qcm_end(started);
     return fail(QCM_NO_MEMORY, "no memory for the workspaces of %u bytes a thread",
                 program.workspace);
