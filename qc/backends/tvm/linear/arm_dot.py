@@ -24,9 +24,9 @@ from tvm.tirx.script import builder as T
 
 from qc.backends.tvm.linear.codes import Part, StreamReader, joined, nibbles
 from qc.backends.tvm.linear.inputs import Inputs
-from qc.backends.tvm.linear.int8_dot import Int8Stream, Tile
+from qc.backends.tvm.linear.int8_dot import Int8Stream, Tile, int8_stream
 from qc.backends.tvm.linear.int8_row import RowTile
-from qc.backends.tvm.linear.layout import BLOCK, QUADS, STEP, stream_of
+from qc.backends.tvm.linear.layout import BLOCK, QUADS, STEP
 from qc.backends.tvm.linear.skeleton import Signature, accumulator
 from qc.backends.tvm.linear.term import Place, Products, TermKernel
 from qc.backends.tvm.linear.vectors import pure, span, splat
@@ -71,14 +71,9 @@ class ArmStream(Int8Stream):
 
 
 def arm_term(place: Place) -> TermKernel | None:
-    """Multiply in int8 on ARM where both sides come in groups of whole steps of 32 inputs."""
-    activation = place.activation
-    if activation is None or activation.bits != 8 or not place.target.has("asimd"):
-        return None
-    stream = stream_of(place.format, place.outer, place.inner)
-    if stream is None or (activation.group or STEP) % STEP:
-        return None
-    return ArmStream(place, stream)
+    """Multiply in int8 on ARM where `int8_stream` says so."""
+    stream = int8_stream(place) if place.target.has("asimd") else None
+    return None if stream is None else ArmStream(place, stream)
 
 
 @dataclass(frozen=True)

@@ -91,14 +91,18 @@ class Int8Stream(TermKernel):
 
 
 def int8_term(place: Place) -> TermKernel | None:
-    """Multiply in int8 where both sides come in groups of whole steps of 32 inputs."""
+    """Multiply in int8 on x86 where `int8_stream` says so."""
+    stream = int8_stream(place) if place.target.has("ssse3") else None
+    return None if stream is None else Int8Stream(place, stream)
+
+
+def int8_stream(place: Place) -> Stream | None:
+    """Return the stream of a term where both sides come in groups of whole steps of 32 inputs,
+    the activations in int8."""
     activation = place.activation
-    if activation is None or activation.bits != 8 or not place.target.has("ssse3"):
+    if activation is None or activation.bits != 8 or (activation.group or STEP) % STEP:
         return None
-    stream = stream_of(place.format, place.outer, place.inner)
-    if stream is None or (activation.group or STEP) % STEP:
-        return None
-    return Int8Stream(place, stream)
+    return stream_of(place.format, place.outer, place.inner)
 
 
 @dataclass(frozen=True)
