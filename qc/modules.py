@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,8 @@ def _(
     format: str,
     outer: int,
     inner: int,
-    bias: Tensor | None = None,
-    activation: str = "",
-    residual: Tensor | None = None,
+    *_: object,
+    **__: object,
 ) -> Tensor:
     if x.shape[-1] != inner:
         raise ModelError(f"a linear of {inner} inputs does not take rows of {x.shape[-1]}")
@@ -83,11 +83,14 @@ def _(
     return run_linear(rows, weight, bias, activation, beside).reshape(*x.shape[:-1], outer)
 
 
+parsed = cache(parse_weights)  # every call of a linear names its format
+
+
 def weight_of(arrays: Sequence[Tensor], format: str, outer: int, inner: int) -> Weight:
     """Return the weight that some arrays store."""
     shape, left = (outer, inner), list(arrays)
     terms = []
-    for each in parse_weights(format).terms:
+    for each in parsed(format).terms:
         names = list(each.arrays(shape))
         taken, left = left[: len(names)], left[len(names) :]
         terms.append(Term(each, shape, dict(zip(names, taken, strict=True))))
