@@ -126,7 +126,7 @@ MODEL = "a Hugging Face folder or name, or a .gguf file"
 
 
 def add_what_to_compile(parser: argparse.ArgumentParser, model: str = MODEL) -> None:
-    """Add what `check`, `compile` and `explain` ask for alike."""
+    """Add what `check`, `compile`, `build` and `explain` ask for alike."""
     parser.add_argument("model", help=model)
     parser.add_argument("--target", default="cpu-w4", help="machine and recipe (default: cpu-w4)")
     parser.add_argument("--recipe", help="another recipe than the target names")
@@ -207,7 +207,8 @@ def build_command(options: argparse.Namespace) -> None:
         weights=options.weights, bits=options.bits, group_size=options.group_size,
         calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
-        max_seq_length=options.max_seq_length, seed=options.seed, progress=not options.quiet,
+        max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
+        resume=options.resume, progress=not options.quiet,
     )  # fmt: skip
     if options.quiet:
         return

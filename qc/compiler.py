@@ -83,9 +83,7 @@ def compile(
     written, before anything is read. What cannot be stored as asked, or has no kernel, is refused
     before any long work.
     """
-    machine, recipe_name = parse_target(target, RECIPES)
-    asked = calibration is not None
-    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size, asked)
+    machine, passes, _ = quantization(target, recipe, weights, bits, group_size, calibration)
     data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     kept = kept_beside(output, resume)
     with shown(progress) as report:
@@ -110,10 +108,12 @@ def build(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
-    calibration: Any = SELF,
-    num_calibration_samples: int = 128,
+    calibration: Any = None,
+    num_calibration_samples: int | None = None,
     max_seq_length: int = 512,
     seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
 ) -> dict[str, Any]:
@@ -128,26 +128,29 @@ def build(
     from qc.backends.device.package import write_device_package  # loads TVM
     from qc.backends.device.toolchain import toolchain_for
 
-    machine, recipe_name = parse_target(target, RECIPES)
+    machine, passes, _ = quantization(target, recipe, weights, bits, group_size, calibration)
     if machine.gpu is not None or machine.device == "torch":
         raise TargetError(f"packages are built for CPUs; {target} is none")
     toolchain_for(machine.machine)  # before anything long
-    check_place(output)
+    data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
+    kept = kept_beside(output, resume)
     with shown(progress) as report:
         if isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file():
             if recipe is not None or weights is not None or bits or group_size:
                 raise InputError("the weights of an artifact are built as they are stored")
             graph, facts = stored_model(Path(model), machine, target, report)
         else:
-            passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
-            data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed)
             report("capture", 0.0)
             canonical = trace(model, example_inputs).canonicalize(report)
             require_possible(canonical.graph, passes, machine)
+            data = replace(data, checkpoint=kept)
             quantized = canonical.quantize(passes, report, calibration=data)
             planned = quantized.lower(machine, report)
             graph, facts = planned.graph, planned.facts(target)
-        return write_device_package(graph, machine, facts, Path(output), report)
+        made = write_device_package(graph, machine, facts, Path(output), report)
+    if kept is not None:
+        kept.remove()
+    return made
 
 
 def stored_model(
@@ -198,9 +201,7 @@ def explain(
 ) -> Explanation:
     """Quantize a model as `compile` with these arguments would, and say where the loss comes from:
     errors of every layer after every pass, and what each layer alone costs the logits."""
-    _, recipe_name = parse_target(target, RECIPES)
-    asked = calibration is not None
-    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size, asked)
+    _, passes, recipe_name = quantization(target, recipe, weights, bits, group_size, calibration)
     data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     with shown(progress) as report:
         report("capture", 0.0)
@@ -212,6 +213,20 @@ def explain(
     found = quantized.explanation
     assert found is not None
     return found
+
+
+def quantization(
+    target: str,
+    recipe: str | Recipe | Pipeline | None,
+    weights: str | WeightFormat | None,
+    bits: int | None,
+    group_size: int | None,
+    calibration: Any = None,
+) -> tuple[Target, Pipeline, str]:
+    """Return the machine that a target names, the passes to run, and the recipe that it names."""
+    machine, named = parse_target(target, RECIPES)
+    given = calibration is not None
+    return machine, resolve_recipe(recipe or named, weights, bits, group_size, given), named
 
 
 def calibration_of(
@@ -256,8 +271,7 @@ def check(
 
     No weight is quantized and nothing is written. Predictions are nominal: decision 009.
     """
-    machine, recipe_name = parse_target(target, RECIPES)
-    passes = resolve_recipe(recipe or recipe_name, weights, bits, group_size)
+    machine, passes, _ = quantization(target, recipe, weights, bits, group_size)
     with shown(progress) as report:
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)
