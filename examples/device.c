@@ -28,6 +28,7 @@ int main(int count, char **words) {
     fwrite(text, 1, bytes, stdout);
     if (qcm_step(session, token)) break;
   }
+  if (!qcm_decode(model, &decoder, -1, text, sizeof text, &bytes)) fwrite(text, 1, bytes, stdout);
   qcm_end(session);
   qcm_close(model);
   return 0;

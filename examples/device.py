@@ -42,6 +42,8 @@ def main(package: Path, prompt: str, most: int = 32) -> None:
         call("qcm_decode", model, decoder, token, text, ctypes.c_size_t(room), ctypes.byref(size))
         sys.stdout.write(text.raw[: size.value].decode())
         call("qcm_step", session, token)
+    call("qcm_decode", model, decoder, -1, text, ctypes.c_size_t(room), ctypes.byref(size))
+    sys.stdout.write(text.raw[: size.value].decode())
     library.qcm_end(session)
     library.qcm_close(model)
 

@@ -132,7 +132,8 @@ def _chat_environment() -> Any:
 def stream_pieces(
     model: TextModel, ids: Iterable[int], prompt: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Yield text while tokens arrive; joined, it is their decoding. Never yields half a character.
+    """Yield text while tokens arrive; joined, it is their decoding. Never yields half a character,
+    unless the tokens end there: as U+FFFD.
 
     The last tokens of the prompt are decoded along, since some tokenizers drop a space at the
     start.
@@ -147,6 +148,6 @@ def stream_pieces(
         yield new[len(old) :]
         window = window[shown:]
         shown = len(window)
-    rest = model.decode(window)[len(model.decode(window[:shown])) :].rstrip(_UNFINISHED)
+    rest = model.decode(window)[len(model.decode(window[:shown])) :]
     if rest:
         yield rest

@@ -89,6 +89,8 @@ def compile_package(
         source = place / "program.c"
         source.write_text(program.source(workspace))
         objects = compile_objects(lowered.kernels, lowered.target, place)
+        for kernels in objects:
+            tools.drop_unwinding(kernels)
         includes = (DEVICE, RUNTIME / "native")
         for file in (source, *SOURCES, DEVICE / "runner.c"):
             objects.append(place / f"{file.stem}.o")

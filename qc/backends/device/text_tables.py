@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from qc.backends.device.compositions import composition_tables
 from qc.backends.device.patterns import Compiler
 from qc.errors import UnsupportedError
 
-FORMAT = 1
+FORMAT = 2
 BYTE_LEVEL, WHOLE_PIECES, FUSE_UNKNOWN, DROP_SPACE, DROP_SPACES = 1, 2, 4, 8, 16
 SILENT, BYTE = 1, 2
 STRIP_LEFT, STRIP_RIGHT, NORMALIZED = 1, 2, 4
-PREPEND, REPLACE, PREPEND_UNLESS, PREPEND_FIRST = 0, 1, 2, 3
+PREPEND, REPLACE, PREPEND_UNLESS, PREPEND_FIRST, COMPOSE = 0, 1, 2, 3, 4
 LATER = 256  # added to an edit that comes after added tokens are cut out
 SPLITS = {"isolated": 0, "removed": 1, "kept": 2, "mergedwithprevious": 3, "mergedwithnext": 4}
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -30,7 +31,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of the text: `first` in front of it, or `second` for every `first`."""
+    """A change of the text: `first` in front of it, or `second` for every `first`, or NFC."""
 
     kind: int
     first: str
@@ -80,6 +81,8 @@ class TextTables:
                 self.edits.append(Edit(PREPEND, text))
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
                 self.edits.append(Edit(REPLACE, old, new))
+            case {"type": "NFC"}:
+                self.edits.append(Edit(COMPOSE, ""))
             case _:
                 raise refusal(f"the normalizer {part.get('type')}")
 
@@ -280,6 +283,8 @@ class TextTables:
         added, added_bytes, added_first = self.added_rows()
         edits, edit_bytes = self.edit_rows()
         classes, ranges = self.class_rows()
+        composes = any(edit.kind == COMPOSE for edit in self.edits)
+        compositions = composition_tables() if composes else ([], [], [])
         sections = [
             unsigned([0, *np.cumsum([len(piece) for piece in pieces])]),
             (b"".join(pieces), 1),
@@ -300,6 +305,7 @@ class TextTables:
             unsigned(self.sorted_tokens(pieces)),
             unsigned(before),
             unsigned(after),
+            *(unsigned(rows, width) for rows, width in zip(compositions, (6, 3, 3), strict=True)),
         ]
         unknown = self.vocabulary.get(self.model.get("unk_token") or "", -1)
         head = np.array([FORMAT, self.size, self.flags], "<u4").tobytes()

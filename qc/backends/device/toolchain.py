@@ -18,23 +18,30 @@ DEVICE = RUNTIME / "device"
 SOURCES = (
     RUNTIME / "native" / "qcrt.c",
     *(DEVICE / f"{name}.c" for name in
-      ("model", "weights", "choosing", "text", "patterns", "merging", "processor")),
+      ("model", "weights", "choosing", "text", "patterns", "composing", "merging",
+       "processor")),
 )  # fmt: skip
 HEADER = DEVICE / "qc_model.h"
 
 LIBRARY, ARCHIVE, RUNNER = "libmodel.so", "libmodel.a", "runner"
 
 FLAGS = (
-    "-std=gnu11", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden",
+    "-std=gnu11", "-fPIC", "-fvisibility=hidden",
     "-ffunction-sections", "-fdata-sections", "-fno-asynchronous-unwind-tables", "-Wall", "-Wextra",
 )  # fmt: skip
+FAST, SMALL = ("-O2", "-ftree-vectorize"), ("-Os",)
+HOT = ("qcrt", "weights", "choosing")
+"""Sources compiled for speed: threads, the sum over all weights, the search in the logits."""
 CROSS = {"aarch64": "aarch64-linux-gnu-"}
 """Prefixes of Debian's cross compilers."""
 PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu"}
 EXPORTED = "qcm_*"
-LINKING = {"aarch64": ("-Wl,-z,norelro",)}
+LINKING = {"aarch64": ("-Wl,-z,norelro",), "x86_64": ("-Wl,-z,noseparate-code",)}
 """Pages of ARM may have 64 KB: making the few relocated addresses read-only later would put up to
-so many zeros into the file in front of them."""
+so many zeros into the file in front of them. On x86, a page of its own for tables that are no code
+would do the same."""
+UNWINDING = ".eh_frame"
+"""How to walk up the stack, which LLVM writes for every kernel: nothing in C throws."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,15 @@ class Toolchain:
     ) -> None:
         """Compile one C file. Paths of this machine do not get into what is made."""
         where = [f"-I{folder}" for folder in includes]
+        speed = FAST if source.stem in HOT else SMALL
         hidden = [f"-ffile-prefix-map={folder}/=" for folder in (source.parent, *includes)]
-        command = [*self.compiler, *FLAGS, *more, *hidden, *where, "-c", source, "-o", to]
+        command = [*self.compiler, *FLAGS, *speed, *more, *hidden, *where, "-c", source, "-o", to]
         self.run(command, f"compile {source.name}")
+
+    def drop_unwinding(self, kernels: Path) -> None:
+        """Remove what kernels would be unwound by from an object file."""
+        sections = (f"--remove-section={prefix}{UNWINDING}" for prefix in ("", ".rela"))
+        self.run([f"{self.prefix}objcopy", *sections, kernels], f"shrink {kernels.name}")
 
     def link_package(self, objects: Sequence[Path], runner: Path, folder: Path) -> None:
         """Make the library, the archive and the runner of compiled objects."""

@@ -12,10 +12,12 @@ from tvm.tirx.script import builder as T
 from qc.backends.region import RESULT, Region
 from qc.backends.tvm.function import Function, build, for_each, integer, known_product, pieces, span
 from qc.backends.tvm.kernel import Kernel, KernelRule
+from qc.backends.tvm.linear.vectors import multiply_add
 from qc.backends.tvm.vector_math import TVM_NAMES, bind, convert
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.node import Node
+from qc.ir.target import Target
 from qc.ir.types import Dim, element_count, symbol
 
 PrimExpr = Any
@@ -46,7 +48,7 @@ def reader(buffer: Any, base: PrimExpr) -> Read:
     return lambda offset, width: convert(buffer[span(base + integer(offset), width)], "float32")
 
 
-def rotated(x: Read, cos: Read, sin: Read, rotary: int) -> Read:
+def rotated(x: Read, cos: Read, sin: Read, rotary: int, target: Target) -> Read:
     """Rotate the first `rotary` channels of a row: channel i with channel i + rotary / 2.
 
     Pieces that are read must not cross rotary / 2 or rotary.
@@ -58,8 +60,8 @@ def rotated(x: Read, cos: Read, sin: Read, rotary: int) -> Read:
             return x(offset, width)
         turned = x(offset, width) * cos(offset, width)
         if offset < half:
-            return turned - x(offset + half, width) * sin(offset, width)
-        return turned + x(offset - half, width) * sin(offset, width)
+            return multiply_add(-x(offset + half, width), sin(offset, width), turned, target)
+        return multiply_add(x(offset - half, width), sin(offset, width), turned, target)
 
     return read
 
@@ -106,7 +108,7 @@ def row_reader(
     for table in (cos, sin):
         row = seq if table.tensor.shape[0] == 1 else batch * length + seq
         tables.append(reader(function.buffers[table], bind(row * integer(rotary))))
-    return rotated(plain, tables[0], tables[1], rotary), rotary
+    return rotated(plain, tables[0], tables[1], rotary, function.region.target), rotary
 
 
 def for_each_row(function: Function, node: Node, body: Callable[..., None]) -> None:

@@ -16,6 +16,7 @@ from tvm.tirx.script import builder as T
 from qc.backends.tvm.append import Read, row_pieces
 from qc.backends.tvm.attention import LOWEST, Problem
 from qc.backends.tvm.function import (
+    SUM_LANES,
     integer,
     pieces,
     run_on_all_threads,
@@ -24,9 +25,10 @@ from qc.backends.tvm.function import (
     store,
     tree_reduce,
 )
-from qc.backends.tvm.linear.vectors import prefetch
+from qc.backends.tvm.linear.vectors import multiply_add, prefetch
 from qc.backends.tvm.vector_math import bind, constant, convert, exp_of_nonpositive, spread, tanh
 from qc.ir.node import Node
+from qc.ir.target import Target
 
 PrimExpr = Any
 
@@ -143,14 +145,14 @@ def emit_scores(
     part: Part, queries: Any, scores: Any, first: PrimExpr, length: PrimExpr
 ) -> None:  # fmt: skip
     """scores[row, j] = query of head `row` times key `first` + j."""
-    problem = part.problem
+    problem, target = part.problem, part.problem.function.region.target
     with T.serial(integer(0), length) as j:
         ask_for(part, problem.v, first + j)
         key = problem.row(problem.k, part.batch, first + j, part.head)
-        cut = list(pieces(problem.dim, problem.lanes))
+        cut = list(pieces(problem.dim, SUM_LANES))
         vectors = [bind(key(offset, width)) for offset, width in cut]
         with T.unroll(integer(0), integer(problem.group)) as row:
-            product = dot(queries, row * integer(problem.dim), vectors, cut)
+            product = dot(queries, row * integer(problem.dim), vectors, cut, target)
             store(scores, row * integer(BLOCK) + j, product)
     if problem.mask is None and problem.op.softcap is None:
         return
@@ -184,13 +186,20 @@ def capped(problem: Problem, score: PrimExpr) -> PrimExpr:
 
 
 def dot(
-    queries: Any, base: PrimExpr, vectors: list[PrimExpr], cut: list[tuple[int, int]]
+    queries: Any,
+    base: PrimExpr,
+    vectors: list[PrimExpr],
+    cut: list[tuple[int, int]],
+    target: Target,
 ) -> PrimExpr:
     """Multiply a query row with a key held in `vectors`."""
     sums: dict[int, PrimExpr] = {}
     for vector, (offset, width) in zip(vectors, cut, strict=True):
-        term = queries[span(base + integer(offset), width)] * vector
-        sums[width] = sums[width] + term if width in sums else term
+        query = queries[span(base + integer(offset), width)]
+        before = sums.get(width)
+        sums[width] = (
+            query * vector if before is None else multiply_add(query, vector, before, target)
+        )
     parts = [tree_reduce(total, width, lambda a, b: a + b) for width, total in sums.items()]
     result = parts[0]
     for other in parts[1:]:
@@ -202,7 +211,7 @@ def emit_softmax(
     part: Part, scores: Any, scales: Any, row: PrimExpr, length: PrimExpr
 ) -> None:  # fmt: skip
     """Turn a block of scores into weights; correct the running maximum and sum."""
-    lanes, partial = part.problem.lanes, part.partial
+    lanes, partial = SUM_LANES, part.partial
     state = T.alloc_buffer((2 * lanes,), "float32")
     highest, total = span(0, lanes), span(lanes, lanes)
     lowest = spread(tirx.const(LOWEST, "float32"), lanes)
@@ -285,6 +294,7 @@ def emit_value_tile(
 def emit_merge(problem: Problem, partial: Any, rows: PrimExpr, parts: int) -> None:
     """Combine the parts of each query head and write the result."""
     group, dim_v, size = problem.group, problem.dim_v, part_size(problem)
+    target = problem.function.region.target
 
     def one_row(i: PrimExpr) -> None:
         base = bind(i * integer(parts * size))
@@ -300,13 +310,14 @@ def emit_merge(problem: Problem, partial: Any, rows: PrimExpr, parts: int) -> No
             scales = [bind(exp_of_nonpositive(m - largest)) for m in maxima]
             total = partial[places[0].total(row)] * scales[0]
             for place, scale in zip(places[1:], scales[1:], strict=True):
-                total = total + partial[place.total(row)] * scale
+                total = multiply_add(partial[place.total(row)], scale, total, target)
             inverse = bind(tirx.const(1.0, "float32") / total)
             for offset, width in pieces(dim_v, problem.lanes):
-                value = spread(tirx.const(0.0, "float32"), width)
-                for place, scale in zip(places, scales, strict=True):
-                    kept = partial[place.at(row, offset, width)]
-                    value = value + kept * spread(scale, width)
+                kept = [partial[place.at(row, offset, width)] for place in places]
+                spreads = [spread(scale, width) for scale in scales]
+                value = kept[0] * spreads[0]
+                for more, scale in zip(kept[1:], spreads[1:], strict=True):
+                    value = multiply_add(more, scale, value, target)
                 at = (i * integer(group) + row) * integer(dim_v) + integer(offset)
                 merged = convert(value * spread(inverse, width), problem.dtype)
                 store(problem.result, span(at, width), merged)

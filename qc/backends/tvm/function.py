@@ -30,6 +30,9 @@ PrimExpr = Any
 # A launch costs 1-2 microseconds, in which one core does about this many simple operations.
 SERIAL_BELOW = 1 << 14
 
+SUM_LANES = 16
+"""Lanes of a sum over a row, whatever vectors a machine has: so all of them add in one order."""
+
 # Python unrolls what is shorter than this many vectors; longer rows become loops.
 UNROLLED = 8
 

@@ -17,6 +17,7 @@ from tvm.tirx.script import builder as T
 from qc.backends.region import RESULT, Region
 from qc.backends.tvm.append import is_cache
 from qc.backends.tvm.function import (
+    SUM_LANES,
     Function,
     build,
     for_each,
@@ -62,8 +63,11 @@ NEUTRAL = {"sum": 0.0, "mean": 0.0, "max": float("-inf"), "min": float("inf")}
 def reduce_span(kind: str, start: PrimExpr, size: int, lanes: int, term: Term) -> PrimExpr:
     """Combine `size` terms from channel `start` on to one float32.
 
-    Four vectors are combined at a time, for an addition takes four cycles.
+    Four vectors are combined at a time, for an addition takes four cycles. The order of a sum is
+    the same on every machine; a maximum has none.
     """
+    if kind in ("sum", "mean"):
+        lanes = SUM_LANES
     combine, neutral = COMBINE[kind], tirx.const(NEUTRAL[kind], "float32")
     ways = 4 if size >= 4 * lanes else 1
     vectors = size // (ways * lanes)

@@ -91,6 +91,9 @@ static qcm_status generate(const qcm_model *model, qcm_session *session, options
     fflush(stdout);
     if (made + 1 < given->tokens && !status) status = qcm_step(session, token);
   }
+  size_t rest = 0; /* of a character that was not finished */
+  if (!given->ids && !status) qcm_decode(model, &decoder, -1, text, qcm_longest_piece(model), &rest);
+  fwrite(text, 1, rest, stdout);
   putchar('\n');
   times[1] = seconds();
   if (given->stats)

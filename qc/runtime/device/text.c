@@ -6,10 +6,11 @@
 
 #include "failing.h"
 
-enum { FORMAT = 1, MOST_SPLITS = 16, MOST_BYTES = 1 << 26 /* of a text, edited */ };
+enum { FORMAT = 2, MOST_SPLITS = 16, MOST_BYTES = 1 << 26 /* of a text, edited */ };
 
 /* Kinds of edits. With EDIT_LATER they come after added tokens have been cut out. */
-enum { EDIT_PREPEND, EDIT_REPLACE, EDIT_PREPEND_UNLESS, EDIT_PREPEND_FIRST, EDIT_LATER = 256 };
+enum { EDIT_PREPEND, EDIT_REPLACE, EDIT_PREPEND_UNLESS, EDIT_PREPEND_FIRST, EDIT_COMPOSE,
+       EDIT_LATER = 256 };
 
 /* What happens to the matches of a pattern. */
 enum { SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_KEPT, SPLIT_WITH_PREVIOUS, SPLIT_WITH_NEXT };
@@ -35,6 +36,7 @@ static const uint8_t ELEMENT[TEXT_SECTIONS] = {
     [TEXT_ADDED_BYTES] = 1, [TEXT_ADDED_FIRST] = 4, [TEXT_EDITS] = 20, [TEXT_EDIT_BYTES] = 1,
     [TEXT_SPLITS] = 8,      [TEXT_CODE] = 16,       [TEXT_CLASSES] = 24, [TEXT_RANGES] = 8,
     [TEXT_SORTED] = 4,      [TEXT_BEFORE] = 4,      [TEXT_AFTER] = 4,
+    [TEXT_DECOMPOSED] = 24, [TEXT_COMPOSED] = 12,   [TEXT_COMBINING] = 12,
 };
 
 /* ---- Opening --------------------------------------------------------------------------------- */
@@ -82,8 +84,9 @@ static bool edits_are_consistent(const text_tables *tables) {
   for (uint32_t i = 0; i < s[TEXT_EDITS].count; i++) {
     const edit *one = &edits[i];
     uint32_t kind = one->kind % EDIT_LATER;
-    if (kind > EDIT_PREPEND_FIRST || one->kind - kind > EDIT_LATER || one->kind - kind < phase ||
-        one->first_size == 0 ||
+    if (kind > EDIT_COMPOSE || one->kind - kind > EDIT_LATER || one->kind - kind < phase ||
+        (one->first_size == 0 && kind != EDIT_COMPOSE) ||
+        (kind == EDIT_COMPOSE && s[TEXT_COMPOSED].count == 0) ||
         (uint64_t)one->first + one->first_size > s[TEXT_EDIT_BYTES].count ||
         (uint64_t)one->second + one->second_size > s[TEXT_EDIT_BYTES].count)
       return false;
@@ -102,7 +105,7 @@ static bool is_consistent(const text_tables *tables) {
          tokens_exist(s[TEXT_BEFORE], vocabulary) && tokens_exist(s[TEXT_AFTER], vocabulary) &&
          tables->unknown < (int64_t)vocabulary && tables->unknown >= -1 &&
          merges_are_consistent(tables) && added_are_consistent(tables) &&
-         edits_are_consistent(tables) && s[TEXT_SPLITS].count <= MOST_SPLITS &&
+         edits_are_consistent(tables) && compositions_are_consistent(tables) && s[TEXT_SPLITS].count <= MOST_SPLITS &&
          patterns_are_consistent(tables);
 }
 
@@ -140,13 +143,21 @@ typedef struct buffer {
 static size_t edited_bytes(const text_tables *tables, size_t size) {
   const edit *edits = tables->sections[TEXT_EDITS].at;
   for (uint32_t i = 0; i < tables->sections[TEXT_EDITS].count; i++) {
-    if (edits[i].kind % EDIT_LATER != EDIT_REPLACE)
+    if (edits[i].kind % EDIT_LATER == EDIT_COMPOSE)
+      size *= COMPOSING_GROWTH;
+    else if (edits[i].kind % EDIT_LATER != EDIT_REPLACE)
       size += edits[i].first_size + 1;
     else if (edits[i].second_size > edits[i].first_size)
       size += size / edits[i].first_size * (edits[i].second_size - edits[i].first_size);
     if (size > MOST_BYTES) return MOST_BYTES + 1;
   }
   return size;
+}
+
+static void exchange(buffer *text, buffer *spare) {
+  buffer before = *text;
+  *text = *spare;
+  *spare = before;
 }
 
 static void replace(const edit *one, const uint8_t *bytes, buffer *text, buffer *spare) {
@@ -162,14 +173,12 @@ static void replace(const edit *one, const uint8_t *bytes, buffer *text, buffer 
     }
   }
   spare->size = written;
-  buffer swapped = *text;
-  *text = *spare;
-  *spare = swapped;
+  exchange(text, spare);
 }
 
 /* Apply the edits of a phase. `is_first`: the text starts where the whole text does. */
 static void apply_edits(const text_tables *tables, uint32_t phase, bool is_first, buffer *text,
-                        buffer *spare) {
+                        buffer *spare, uint32_t *characters) {
   const edit *edits = tables->sections[TEXT_EDITS].at;
   const uint8_t *bytes = tables->sections[TEXT_EDIT_BYTES].at;
   for (uint32_t i = 0; i < tables->sections[TEXT_EDITS].count; i++) {
@@ -178,6 +187,11 @@ static void apply_edits(const text_tables *tables, uint32_t phase, bool is_first
     if (one->kind - kind != phase) continue;
     if (kind == EDIT_REPLACE) {
       replace(one, bytes, text, spare);
+      continue;
+    }
+    if (kind == EDIT_COMPOSE) {
+      spare->size = compose(tables, text->bytes, text->size, characters, spare->bytes);
+      exchange(text, spare);
       continue;
     }
     bool is_there = text->size >= one->first_size &&
@@ -198,6 +212,7 @@ typedef struct encoding {
   const text_tables *tables;
   void *memory; /* of merge_piece */
   uint8_t *rooms[4]; /* for edited text */
+  uint32_t *characters; /* of compose() */
   token_sink *sink;
 } encoding;
 
@@ -294,7 +309,7 @@ static buffer edited(const encoding *all, int room, const uint8_t *text, size_t 
                      uint32_t phase, bool is_first) {
   buffer into = {all->rooms[room], size}, spare = {all->rooms[room + 1], 0};
   memcpy(into.bytes, text, size);
-  apply_edits(all->tables, phase, is_first, &into, &spare);
+  apply_edits(all->tables, phase, is_first, &into, &spare, all->characters);
   return into;
 }
 
@@ -318,12 +333,15 @@ qcm_status text_encode(const text_tables *tables, const char *text, size_t bytes
   size_t most = bytes > MOST_BYTES ? bytes : edited_bytes(tables, bytes) + 1;
   if (most > MOST_BYTES) return fail(QCM_BAD_CALL, "a text of %zu bytes is too long", bytes);
   most = (most + 15) / 16 * 16;
-  uint8_t *memory = malloc(4 * most + merging_bytes(most));
+  /* 3 characters of 4 bytes for each byte that composing makes COMPOSING_GROWTH of: 4 * most */
+  size_t composing = tables->sections[TEXT_COMPOSED].count ? 4 * most : 0;
+  uint8_t *memory = malloc(4 * most + composing + merging_bytes(most));
   if (!memory) return fail(QCM_NO_MEMORY, "no memory to encode %zu bytes", bytes);
   token_sink sink = {tokens, room, 0};
   encoding all = {tables,
-                  memory + 4 * most,
+                  memory + 4 * most + composing,
                   {memory, memory + most, memory + 2 * most, memory + 3 * most},
+                  (uint32_t *)(void *)(memory + 4 * most),
                   &sink};
   if (special) put_all(&sink, tables->sections[TEXT_BEFORE]);
   cut(&all, (const uint8_t *)text, bytes, true, 0, read_raw);

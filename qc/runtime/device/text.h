@@ -33,6 +33,9 @@ typedef enum text_section {
   TEXT_SORTED,       /* u32, or empty: tokens by their bytes, for pieces that are tokens whole */
   TEXT_BEFORE,       /* i32: tokens in front of a text */
   TEXT_AFTER,        /* i32 */
+  TEXT_DECOMPOSED,   /* {character, parts, part[4]} u32, rising: see composing.c */
+  TEXT_COMPOSED,     /* {first, second, character} u32, rising */
+  TEXT_COMBINING,    /* {low, high, class} u32, rising: characters, both included */
   TEXT_SECTIONS
 } text_section;
 
@@ -90,6 +93,16 @@ size_t pattern_match(const text_tables *tables, uint32_t instruction, const uint
 /* Read the character at `at`, which is in front of `size`; set its bytes. Wrong bytes count as one
  * character U+FFFD each. */
 uint32_t character_at(const uint8_t *text, size_t size, size_t at, size_t *bytes);
+
+/* ---- composing.c ---- */
+
+enum { COMPOSING_GROWTH = 3 /* the most bytes that come of one */ };
+
+bool compositions_are_consistent(const text_tables *tables);
+
+/* Write a text in Unicode's form NFC and return its bytes; `memory` has 3 * size characters. */
+size_t compose(const text_tables *tables, const uint8_t *text, size_t size, uint32_t *memory,
+               uint8_t *into);
 
 /* ---- merging.c ---- */
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,16 @@ KINDS: dict[str, Callable[[str], Tokenizer]] = {
 }
 
 
+def qwen(text: str) -> Tokenizer:
+    """Make a tokenizer that composes characters first, as Qwen's does."""
+    tokenizer = byte_level(LLAMA3)(text)
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+KINDS["qwen"] = qwen
+
+
 def special_of_bytes(tokenizer: Tokenizer) -> Tokenizer:
     """Byte tokens are special only to the trainer: else decoding would leave them out."""
     content = json.loads(tokenizer.to_str())
@@ -220,6 +231,27 @@ def test_patterns_beyond_the_matcher_are_refused(pattern: str) -> None:
 
     with pytest.raises(UnsupportedError, match="pattern"):
         Compiler().add(pattern)
+
+
+def test_composing_is_unicodes(library: Any, evaluation_text: Path) -> None:
+    """Every character alone, apart, and beside marks and others that it may join."""
+    tables = text_tables(qwen(evaluation_text.read_text()[:60_000]).to_str().encode())
+    device = DeviceText(library, tables)
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and chr(c) != "\n"]
+    apart = [unicodedata.normalize("NFD", c) for c in every]
+    marks = [c for c in every if unicodedata.combining(c)]
+    changing = [c for c, parts in zip(every, apart, strict=True) if c != parts]
+    generator, pool = random.Random(5), [*marks, *changing[:3000], *"aeiouAEIOUnsy가각ᄀ힣ᅡᆨ"]
+    mixed = ["".join(generator.choices(pool, k=generator.randrange(2, 9))) for _ in range(60_000)]
+    beside = [c + mark + "\u0301" for c in changing for mark in "\u0327\u0323\u0308"]
+    runs = ["a" + "".join(generator.choices(marks, k=200)) for _ in range(50)]
+    text = "\n".join([*every, *apart, *beside, *mixed, *runs])
+    assert device.compose(text) == unicodedata.normalize("NFC", text)
+
+
+def test_bytes_of_no_character_are_not_composed(library: Any) -> None:
+    device = DeviceText(library, text_tables(qwen("some text " * 50).to_str().encode()))
+    assert device.compose_bytes(b"e\xcc\x81\xcc\xffe\xcc") == b"\xc3\xa9\xcc\xffe\xcc"
 
 
 def test_damaged_tables_are_refused(library: Any) -> None:

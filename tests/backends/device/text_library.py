@@ -32,7 +32,10 @@ def compile_text_library(folder: Path, *flags: str) -> ctypes.CDLL:
     """Compile the tokenizer's sources to a library in `folder`."""
     shim = folder / "shim.c"
     shim.write_text(SHIM)
-    sources = [shim, *(DEVICE / f"{name}.c" for name in ("text", "patterns", "merging"))]
+    sources = [
+        shim,
+        *(DEVICE / f"{name}.c" for name in ("text", "patterns", "composing", "merging")),
+    ]
     path = folder / "text.so"
     command = [
         *c_compiler(), "-std=gnu11", "-O2", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
@@ -43,6 +46,7 @@ def compile_text_library(folder: Path, *flags: str) -> ctypes.CDLL:
     library.size_of_tables.restype = ctypes.c_size_t
     library.longest_of.restype = ctypes.c_size_t
     library.text_decode.restype = ctypes.c_size_t
+    library.compose.restype = ctypes.c_size_t
     return library
 
 
@@ -73,6 +77,17 @@ class DeviceText:
         )  # fmt: skip
         assert status == 0
         return list(tokens[: count.value])
+
+    def compose_bytes(self, raw: bytes) -> bytes:
+        """Return text in the form NFC."""
+        memory = ctypes.create_string_buffer(12 * len(raw))
+        into = ctypes.create_string_buffer(3 * len(raw))
+        size = self.library.compose(self.tables, raw, ctypes.c_size_t(len(raw)), memory, into)
+        return into.raw[:size]
+
+    def compose(self, text: str) -> str:
+        """Return a text in the form NFC."""
+        return self.compose_bytes(text.encode()).decode()
 
     def stream(self, ids: Sequence[int]) -> list[bytes]:
         """Return what each token lets out, and the rest."""

@@ -43,6 +43,16 @@ def pure(result: str, intrinsic: str, *operands: Any) -> Any:
     return T.call_llvm_pure_intrin(result, T.uint32(number), *operands)
 
 
+def multiply_add(a: Any, b: Any, c: Any, target: Target) -> Any:
+    """Return a b + c, rounded once where the machine can.
+
+    In a b + c d, which of the products is rounded LLVM decides, for each machine by itself.
+    """
+    if target.has("fma") or target.has("asimd"):
+        return pure(str(c.ty), "llvm.fma", a, b, c)
+    return a * b + c
+
+
 def prefetch(address: Any) -> None:
     """Ask for a cache line that will be read."""
     number = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.prefetch")
