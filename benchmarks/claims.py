@@ -233,17 +233,7 @@ class Verdict:
 CAUSES: dict[str, str] = {}
 """Claims that do not reproduce, and why."""
 
-UNMEASURED = frozenset(
-    {
-        "3 bits, g64: gptq with act-order < gptq without",
-        "the gap between rtn and gptq is larger at 3 bits than at 4",
-        "3 bits: spqr < gptq with groups of 32 in perplexity",
-        "3 bits a row: weighted tables < plain k-means < rtn in perplexity",
-        "3 bits a row: tables with 0.45% sparse < tables alone",
-        "3 bits, g64: the better axis < rtn in perplexity",
-        "3 bits, g64: the better axis + gptq < gptq",
-    }
-)
+UNMEASURED: frozenset[str] = frozenset()
 """Claims that no recorded result decides yet."""
 
 
