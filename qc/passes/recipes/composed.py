@@ -1,8 +1,8 @@
 """w4, w3, w2: the best compositions that benchmarks.search_compositions found for so many bits.
 
 GPTQ on grids that are searched, solved for once more with the codes, and with half of what earlier
-weights have lost made up for. In w3 and w2 scales and minima are codes in their turn, which pays
-for small groups. The head is stored in 4 bits, as nothing behind it makes up for its errors.
+weights have lost made up for. Scales and minima are codes in their turn, which pays for small
+groups. The head is stored in 4 bits, as nothing behind it makes up for its errors.
 
 w4 rounds to the nearest until somebody gives data: 4 bits in groups of 32 lose little, and who
 compiles in seconds is not made to wait for minutes. At 3 and 2 bits rounding is of no use.
@@ -11,11 +11,11 @@ compiles in seconds is not made to wait for minutes. At 3 and 2 bits rounding is
 from qc.passes.quantize.gptq import Gptq
 from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.recipes.recipe import Recipe
-from qc.passes.recipes.rounding import INT8_ACTIVATIONS, STORE, W4, W4A16
+from qc.passes.recipes.rounding import INT4, INT8_ACTIVATIONS, STORE, W4, W4A16
 
-HEAD = (RoundToNearest("int4·g32·min"),)
+HEAD = (RoundToNearest(INT4),)
 
-GPTQ4 = Gptq("int4·g32·min", ranges="mse", refinements=1, repair=0.5)
+GPTQ4 = Gptq(INT4, ranges="mse", refinements=1, repair=0.5)
 GPTQ3 = Gptq(
     "int3·g32·min·scale(uint6·row)·minimum(uint6·row)", ranges="mse", refinements=1, repair=0.5
 )
