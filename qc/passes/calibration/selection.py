@@ -61,7 +61,10 @@ def named_by_path(graph: Graph, selector: str) -> str:
     """Return a regular expression for what a structural selector names; RecipeError where it cannot
     be read."""
     found = cached_paths(graph) if selector == CACHED else end_paths(graph, selector)
-    return f"re:^({'|'.join(map(re.escape, found)) or '(?!)'})$"
+    paths = "|".join(map(re.escape, dict.fromkeys(found))) or "(?!)"
+    return (
+        rf"re:^({paths})(?!\w)"  # weights that one module holds have names of their own behind it
+    )
 
 
 def cached_paths(graph: Graph) -> list[str]:

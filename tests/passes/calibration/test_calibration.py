@@ -29,6 +29,7 @@ from qc.passes.calibration import (
 )
 from qc.passes.calibration.calibration import inputs_of
 from qc.passes.calibration.schedule import plan_steps
+from qc.passes.quantize.gptq import Gptq
 from tests.families import DECODERS
 from tests.passes.calibration.tiny import LENGTH, calibration, canonical, linears, token_sequences
 
@@ -263,3 +264,5 @@ def test_what_makes_keys_and_values_is_found_by_structure(family: str, names: se
     assert {each.origin.module.split(".")[-1] for each in found} == names
     layers = sum(isinstance(node.op, ops.Attention) for node in graph.nodes)
     assert len({each.origin.module for each in found}) == layers * len(names)
+    wide = Gptq("int2·g8·min", exceptions=(("ends:1", "int3·g8·min"),)).in_graph(graph)
+    assert {str(wide.planned_format(each)) for each in wide.parameters(graph)} == {"int3·g8·min"}
