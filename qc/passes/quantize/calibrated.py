@@ -29,7 +29,13 @@ from qc.passes.calibration import (
     select_linears,
 )
 from qc.passes.calibration.checkpoint import digest_graph, digest_tensors
-from qc.passes.calibration.selection import is_head, names_path, require_match
+from qc.passes.calibration.selection import (
+    is_head,
+    is_structural,
+    names_path,
+    paths_of,
+    require_match,
+)
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.error_feedback import output_error
 from qc.passes.quantize.remainder import remainder, with_remainder
@@ -56,7 +62,8 @@ class StoreByData(Pass):
 
     `format` is as it is printed. `targets` and `ignore` are selectors; without `ignore` the head
     stays as it is. "sequential" lets each group see the errors of all groups before it.
-    `exceptions` are selectors and other formats: (("re:v_proj$", "int4·g64·zero"),).
+    `exceptions` are selectors and other formats: (("re:v_proj$", "int4·g64·zero"),); the first that
+    names a linear counts.
     """
 
     requires: ClassVar[Stage] = CANONICAL
@@ -88,7 +95,8 @@ class StoreByData(Pass):
         """List the linears to store."""
         candidates = list(quantizable_linears(graph))
         for selector, _ in self.exceptions:
-            require_match(graph, selector, candidates)
+            if not is_structural(selector):
+                require_match(graph, selector, candidates)
         if self.ignore is None:
             candidates = [each for each in candidates if not is_head(graph, each)]
         return select_linears(graph, self.targets, self.ignore or (), candidates)
@@ -103,24 +111,35 @@ class StoreByData(Pass):
         named = (format for selector, format in self.exceptions if names_path(selector, path))
         return parse_weights(next(named, self.format))
 
+    def in_graph(self, graph: Graph) -> Self:
+        """Return the pass with its exceptions by paths of a graph."""
+        if not any(is_structural(selector) for selector, _ in self.exceptions):
+            return self
+        paths = paths_of(graph, (selector for selector, _ in self.exceptions))
+        formats = (format for _, format in self.exceptions)
+        return replace(self, exceptions=tuple(zip(paths, formats, strict=True)))
+
     def refusals(self, graph: Graph) -> list[Refusal]:
-        found = (refusal_of(p, self.planned_format(p)) for p in self.parameters(graph))
+        here = self.in_graph(graph)
+        found = (refusal_of(p, here.planned_format(p)) for p in self.parameters(graph))
         return [each for each in found if each is not None]
 
     def preview(self, graph: Graph) -> Graph | None:
+        here = self.in_graph(graph)
         linears = self.linears(graph)
-        planned = {p: planned_in(p, self.planned_format(p)) for p in self.parameters(graph)}
+        planned = {p: planned_in(p, here.planned_format(p)) for p in self.parameters(graph)}
         return read_by_linears(graph, linears, planned, self.name)
 
     # ------------------------------------------------------------ doing it
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        here = self.in_graph(graph)
         linears = self.linears(graph)
         for parameter in self.parameters(graph):
-            planned_in(parameter, self.planned_format(parameter))  # refused before any work
+            planned_in(parameter, here.planned_format(parameter))  # refused before any work
             require_finite(weight_of(parameter).dense(), weight_of(parameter))
-        calibration = self.prepared(graph, context.data(self))
-        stored = self.stored(graph, linears, calibration, context)
+        calibration = here.prepared(graph, context.data(self))
+        stored = here.stored(graph, linears, calibration, context)
         nodes = {p: make(ops.Parameter(w), origin=p.origin) for p, w in stored.items()}
         return read_by_linears(graph, linears, nodes, self.name)
 

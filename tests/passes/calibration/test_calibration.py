@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qc.errors import InputError, RecipeError
-from qc.ir import threads
+from qc.ir import ops, threads
 from qc.ir.graph import Graph
 from qc.ir.meaning import evaluate
 from qc.ir.node import Node
@@ -29,6 +29,7 @@ from qc.passes.calibration import (
 )
 from qc.passes.calibration.calibration import inputs_of
 from qc.passes.calibration.schedule import plan_steps
+from qc.passes.quantize.gptq import Gptq
 from tests.families import DECODERS
 from tests.passes.calibration.tiny import LENGTH, calibration, canonical, linears, token_sequences
 
@@ -242,8 +243,26 @@ def test_selectors() -> None:
     assert names(("re:(up|down)_proj$",)) == {"up_proj", "down_proj"}
     assert names(("model.layers.*.mlp.up_proj",)) == names(("up_proj",)) == {"up_proj"}
     assert names(("mlp",), ("re:gate",)) == {"up_proj", "down_proj"}
+    assert names(("cached",)) == {"k_proj", "v_proj"}
+    assert len(select_linears(graph, ("ends:1",), (), everything)) == 14  # of two blocks, both
     for wrong in ("model.layers.0.self_attn.q_pro", "re:nothing"):
         with pytest.raises(RecipeError, match="matches none of the 15 linears"):
             names((wrong,))
         with pytest.raises(RecipeError, match="matches none"):
             names(("linears",), (wrong,))
+    with pytest.raises(RecipeError, match="wants a number of blocks"):
+        names(("ends:none",))
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("gpt2", {"c_attn"}), ("bert", {"key", "value"}), ("mistral", {"k_proj", "v_proj"})],
+)
+def test_what_makes_keys_and_values_is_found_by_structure(family: str, names: set[str]) -> None:
+    graph = canonical(family)
+    found = select_linears(graph, ("cached",), (), linears(graph))
+    assert {each.origin.module.split(".")[-1] for each in found} == names
+    layers = sum(isinstance(node.op, ops.Attention) for node in graph.nodes)
+    assert len({each.origin.module for each in found}) == layers * len(names)
+    wide = Gptq("int2·g8·min", exceptions=(("ends:1", "int3·g8·min"),)).in_graph(graph)
+    assert {str(wide.planned_format(each)) for each in wide.parameters(graph)} == {"int3·g8·min"}
