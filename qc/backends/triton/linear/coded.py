@@ -144,7 +144,7 @@ class Coded(Term):
             ]
             flat = ", ".join(name for run in runs for name in run)
             kind = "left" if len(runs) == 1 else "left64"
-            left = emission.bind(f"fragments.{kind}({flat}, BN)")
+            left = emission.bind(f"fragments.{kind}({flat}, {loop.size})")
             x = loop.x(at)
             call = f"product({left}, {x})" if result is None else f"more({result}, {left}, {x})"
             result = emission.bind(f"fragments.{call}")
@@ -190,9 +190,12 @@ class Coded(Term):
         name = emission.weight(self.place.operand, array, torch.int16, repack)
         key = f"{name} from {start}"
         if key not in loop.known:
-            at = loop.at(start)
-            call = f"fragments.load({name}, {loop.block}, {at}, {blocks}, {bits}, {steps}, BN)"
-            loop.known[key] = emission.bind(call)
+            sizes = f"{blocks}, {bits}, {steps}"
+            if loop.registers:
+                loop.known[key] = loop.codes_ahead(emission, name, start, sizes)
+            else:
+                at = f"{loop.at(start)}, {sizes}, BN, {loop.lanes}"
+                loop.known[key] = emission.bind(f"fragments.load({name}, {loop.block}, {at})")
         return loop.known[key]
 
 
