@@ -173,6 +173,15 @@ def left64(a, b, c, d, OUT: tl.constexpr):
 
 
 @triton.jit
+def left128(a, b, c, d, e, f, g, h, OUT: tl.constexpr):
+    """Turn the words of four runs of 32 channels into a left operand [OUT, 128]."""
+    first = tl.join(tl.join(a, b), tl.join(c, d))
+    second = tl.join(tl.join(e, f), tl.join(g, h))
+    both = tl.join(first, second)  # [block, g, t, s, h, p, rows, run % 2, run // 2]
+    return tl.reshape(tl.permute(both, (0, 6, 1, 8, 7, 3, 4, 2, 5)), [OUT, 128])
+
+
+@triton.jit
 def added(first, second):
     """Put the digits of two planes together; exact."""
     return first + second

@@ -319,7 +319,9 @@ class LinearLaunches:
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
         rows = Cells(as_dim(self.rows * planned.multiple), tiling.rows)
         grid = rows, Cells(planned.outer, tiling.outputs), Cells(planned.parts)
-        return emission.launch(planned.rule, grid, tiling.warps, tiling.stages)
+        return emission.launch(
+            planned.rule, grid, tiling.warps, tiling.stages, tiling.most_registers
+        )
 
     def together(self, planned: Sequence[Planned]) -> list[Launch]:
         """Close functions that share a launch."""
@@ -345,10 +347,15 @@ class LinearLaunches:
         least = max(rows, LEAST_COPIED // (narrowest * (1 if bytes else 2)))
         if not coded:
             return Tiling(32, least, 4, 2)
-        chosen = tiles.coded_tiling(rows, self.linear.outer, self.linear.inner)
-        if bytes or source is None or not divides(source, terms, chosen):
+        if bytes or source is None:
             return Tiling(64, least, 4, 3, 256 if least <= 16 else 128)
-        return replace(chosen, rows=max(rows, least // chosen.lanes))
+        gpu = self.linear.region.target.gpu
+        bits = sum(term.bits for term in terms if isinstance(term, Coded))
+        found = tiles.coded_tilings(
+            rows, self.linear.outer, source.channels, bits, gpu.architectures if gpu else ()
+        )
+        chosen = next(each for each in found if divides(source, terms, each))
+        return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))
 
     def parts(self, loops: Loops, tiling: Tiling) -> int:
         """Choose among how many programs the channels of x are split."""

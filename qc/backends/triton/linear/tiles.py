@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 
@@ -19,12 +20,41 @@ class Tiling:
     """Stretches of channels that a tile holds side by side: see device/lanes.py."""
     registers: bool = False
     """Codes are loaded into registers a step ahead, not through shared memory."""
+    most_registers: int | None = None
+    """Registers of a thread: so few that programs of several outputs run side by side."""
     parts: int | None = None
     """Among how many programs the channels are split, where that is no question of the shape."""
 
 
-def coded_tiling(rows: int, outer: int, inner: int) -> Tiling:
-    """Choose the tile of a loop over packed codes for up to `rows` rows."""
-    if rows == 1:
-        return Tiling(16, rows, 4, 3, 256, lanes=4, registers=True, parts=1)
-    return Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128)
+MANY_OUTPUTS = 8192
+"""Outputs from which on tiles of 64 are as many programs as multiprocessors."""
+NARROW = "sm_100"
+"""The architecture that sends products of 8 columns or more through tensor memory."""
+
+
+def coded_tilings(
+    rows: int, outer: int, inner: int, bits: int, architectures: Collection[str]
+) -> Iterator[Tiling]:
+    """Yield tiles of a loop over codes, `bits` a weight, for up to `rows` rows: the best first, and
+    at the end one that fits any shape. Measured on an H200 by benchmarks/gpu_tiles.py."""
+    if rows <= 4 and bits <= 4:
+        if NARROW in architectures:
+            yield from (Tiling(16, 1, 4, 3, 256, 4, True, parts=1),) * (rows == 1)
+        elif rows == 1:
+            if bits == 4 and inner <= 8 * 512:  # all codes wait in registers at once
+                yield Tiling(16, 1, 8, 3, 512, 8, True, parts=1)
+            yield Tiling(16, 2, 8, 3, 256, 8, True, parts=1)
+        else:
+            if bits == 4 and outer < MANY_OUTPUTS and inner <= 4 * 1024:
+                yield Tiling(32, 4, 8, 3, 1024, 4, True, parts=1)
+            if inner > outer:
+                yield Tiling(16, 4, 8, 3, 256, 8, True, parts=1)
+            yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
+    if bits == 4 and NARROW not in architectures:
+        if rows <= 16:
+            yield Tiling(64, rows, 4, 3, 256, registers=True)
+        elif inner > outer and rows > 32:
+            yield Tiling(128, rows, 8, 3, 128, registers=True)
+        else:
+            yield Tiling(64, rows, 4, 3, 256 if outer >= MANY_OUTPUTS else 128, registers=True)
+    yield Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128)
