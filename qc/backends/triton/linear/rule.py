@@ -351,8 +351,10 @@ class LinearLaunches:
             return Tiling(64, least, 4, 3, 256 if least <= 16 else 128)
         gpu = self.linear.region.target.gpu
         bits = sum(term.bits for term in terms if isinstance(term, Coded))
+        group = min(term.group for term in terms if isinstance(term, Coded))
+        architectures = gpu.architectures if gpu else ()
         found = tiles.coded_tilings(
-            rows, self.linear.outer, source.channels, bits, gpu.architectures if gpu else ()
+            rows, self.linear.outer, source.channels, bits, group, architectures
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))

@@ -28,33 +28,38 @@ class Tiling:
 
 MANY_OUTPUTS = 8192
 """Outputs from which on tiles of 64 are as many programs as multiprocessors."""
-NARROW = "sm_100"
-"""The architecture that sends products of 8 columns or more through tensor memory."""
+MEASURED, NARROW = "sm_90", "sm_100"
+"""The architecture that these were measured on, and one that sends products of 8 columns or more
+through tensor memory: what is for it, too, keeps the tiles that it was written for."""
 
 
 def coded_tilings(
-    rows: int, outer: int, inner: int, bits: int, architectures: Collection[str]
+    rows: int, outer: int, inner: int, bits: int, group: int, architectures: Collection[str]
 ) -> Iterator[Tiling]:
-    """Yield tiles of a loop over codes, `bits` a weight, for up to `rows` rows: the best first, and
-    at the end one that fits any shape. Measured on an H200 by benchmarks/gpu_tiles.py."""
-    if rows <= 4 and bits <= 4:
-        if NARROW in architectures:
-            yield from (Tiling(16, 1, 4, 3, 256, 4, True, parts=1),) * (rows == 1)
-        elif rows == 1:
-            if bits == 4 and inner <= 8 * 512:  # all codes wait in registers at once
-                yield Tiling(16, 1, 8, 3, 512, 8, True, parts=1)
-            yield Tiling(16, 2, 8, 3, 256, 8, True, parts=1)
-        else:
-            if bits == 4 and outer < MANY_OUTPUTS and inner <= 4 * 1024:
-                yield Tiling(32, 4, 8, 3, 1024, 4, True, parts=1)
-            if inner > outer:
-                yield Tiling(16, 4, 8, 3, 256, 8, True, parts=1)
-            yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
-    if bits == 4 and NARROW not in architectures:
-        if rows <= 16:
+    """Yield tiles of a loop over codes, `bits` a weight with factors for `group` channels, for up
+    to `rows` rows: the best first, and at the end one that fits any shape. Measured by
+    benchmarks/gpu_tiles.py."""
+    if MEASURED in architectures and NARROW not in architectures:
+        if rows <= 4 and bits <= 4:
+            yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
+        if rows <= 16 and bits == 4:
             yield Tiling(64, rows, 4, 3, 256, registers=True)
-        elif inner > outer and rows > 32:
+        elif bits == 4 and inner > outer and rows > 32:
             yield Tiling(128, rows, 8, 3, 128, registers=True)
-        else:
+        elif bits == 4:
             yield Tiling(64, rows, 4, 3, 256 if outer >= MANY_OUTPUTS else 128, registers=True)
     yield Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128)
+
+
+def few_rows(rows: int, outer: int, inner: int, at_once: bool) -> Iterator[Tiling]:
+    """Yield tiles of several lanes; `at_once`: registers hold the codes of many channels."""
+    if rows == 1:
+        if at_once and inner <= 8 * 512:
+            yield Tiling(16, 1, 8, 3, 512, 8, True, parts=1)
+        yield Tiling(16, 2, 8, 3, 256, 8, True, parts=1)
+        return
+    if at_once and outer < MANY_OUTPUTS and inner <= 4 * 1024:
+        yield Tiling(32, 4, 8, 3, 1024, 4, True, parts=1)
+    if inner > outer:
+        yield Tiling(16, 4, 8, 3, 256, 8, True, parts=1)
+    yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
