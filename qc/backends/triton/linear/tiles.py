@@ -41,9 +41,11 @@ def coded_tilings(
     benchmarks/gpu_tiles.py."""
     if MEASURED in architectures and NARROW not in architectures:
         if rows <= 4 and bits <= 4:
-            yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
+            if bits == 4 or outer <= inner:
+                yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
+            yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
         if rows <= 16 and bits == 4:
-            yield Tiling(64, rows, 4, 3, 256, registers=True)
+            yield Tiling(64, 16, 4, 3, 256, registers=True)  # 16 columns cost less than 4
         elif bits == 4 and inner > outer and rows > 32:
             yield Tiling(128, rows, 8, 3, 128, registers=True)
         elif bits == 4:
@@ -62,4 +64,3 @@ def few_rows(rows: int, outer: int, inner: int, at_once: bool) -> Iterator[Tilin
         yield Tiling(32, 4, 8, 3, 1024, 4, True, parts=1)
     if inner > outer:
         yield Tiling(16, 4, 8, 3, 256, 8, True, parts=1)
-    yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
