@@ -47,7 +47,10 @@ def compile_launch(launch: Launch, architecture: int, folder: Path | None = None
 def cache_key(function: Any, launch: Launch, architecture: int) -> str:
     """Hash everything that a compiled kernel depends on."""
     types = [(each.name, each.type) for each in launch.parameters]
-    options = [launch.num_warps, launch.num_stages, architecture, triton.__version__]
+    options = [
+        launch.num_warps, launch.num_stages, architecture, triton.__version__,
+        launch.most_registers,
+    ]  # fmt: skip
     constants = constants_for(launch, architecture)
     text = json.dumps([function.cache_key, types, constants, options])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -73,6 +76,8 @@ def compiled(function: Any, launch: Launch, target: GPUTarget) -> Any:
     options = {
         "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
+    if launch.most_registers is not None and target.backend == "cuda":
+        options["maxnreg"] = launch.most_registers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return triton.compile(source, target=target, options=options)

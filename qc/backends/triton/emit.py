@@ -58,6 +58,14 @@ class Emission:
     """Of the names of its functions, where several kernels share a module."""
     early: frozenset[str] | None = None
     """The parameters that are named in front of the join, once there is one."""
+    begun: bool = False
+    """A statement lets the launches around begin: it may stand behind loads of weights."""
+
+    def begin(self) -> None:
+        """Let the launches around begin, here instead of at the start."""
+        if not self.begun:
+            self.line(f"launches.begin({LATE}, {OVERLAP})")
+            self.begun = True
 
     def join(self) -> None:
         """Wait here, at the latest, for the launches in front."""
@@ -110,25 +118,29 @@ class Emission:
 
     def source(self) -> str:
         """Return the module's text."""
-        main = self.text(self.name, (f"launches.begin({LATE}, {OVERLAP})",), ())
+        main = self.text(self.name, ())
         return module_text(self.title, self.device, [*self.functions, main])
 
-    def text(self, name: str, first: tuple[str, ...], where: tuple[str, ...]) -> str:
-        """Return the function under a name: it begins with statements, and ends joined. `where`
-        are parameters that say which program of a role it is."""
+    def text(self, name: str, where: tuple[str, ...]) -> str:
+        """Return the function under a name: it ends joined. `where` are parameters that say which
+        program of a role it is."""
         constants = [f"{each}: tl.constexpr" for each in (*self.constants, OVERLAP)]
-        late = () if where else (LATE,)
-        parameters = ", ".join([*self.parameters, *late, *where, *constants])
+        parameters = ", ".join([*self.parameters, LATE, *where, *constants])
+        first = [f"    launches.begin({LATE}, {OVERLAP})"] * (not self.begun)
         end = [f"    launches.join({OVERLAP})"] * (self.early is None)
-        lines = [*(f"    {each}" for each in first), *self.lines, *end]
+        lines = [*first, *self.lines, *end]
         return "\n".join(["@triton.jit", f"def {name}({parameters}):", *lines])
 
-    def launch(self, rule: str, grid: Grid, num_warps: int, num_stages: int) -> Launch:
+    def launch(
+        self, rule: str, grid: Grid, num_warps: int, num_stages: int,
+        most_registers: int | None = None,
+    ) -> Launch:  # fmt: skip
         """Return the launch of what was written."""
         late = [name for name in self.parameters if self.early and name not in self.early]
         return Launch(
             rule, self.name, self.source(), (*self.parameters.values(), late_parameter()),
             (*self.constants.items(), (OVERLAP, False)), grid, num_warps, num_stages, tuple(late),
+            most_registers,
         )  # fmt: skip
 
 
@@ -158,11 +170,12 @@ def combined(name: str, title: str, roles: Sequence[Role]) -> Emission:
     whole = Emission(name, title, tuple({d: None for r in roles for d in r.emission.device}))
     early: set[str] = set()
     first = 0
+    whole.begun = True  # every role does
     whole.line("number = launches.number(1)")
     for at, role in enumerate(roles):
         each = role.emission
         whole.functions += each.functions
-        whole.functions.append(each.text(f"{each.name}_role", (), WHERE))
+        whole.functions.append(each.text(f"{each.name}_role", WHERE))
         passed = []
         for parameter in each.parameters.values():
             free = parameter.name
@@ -183,7 +196,7 @@ def combined(name: str, title: str, roles: Sequence[Role]) -> Emission:
         start = first - role.cells * role.parts
         whole.line(f"cell, part = launches.within(number, {start}, {role.cells})")
         constants = [f"{key}={value!r}" for key, value in each.constants.items()]
-        values = [*passed, "0", "cell", "part", *constants, f"{OVERLAP}={OVERLAP}"]
+        values = [*passed, LATE, "0", "cell", "part", *constants, f"{OVERLAP}={OVERLAP}"]
         whole.line(f"{each.name}_role({', '.join(values)})")
         whole.depth -= 1
         whole.repack |= each.repack

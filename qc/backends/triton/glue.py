@@ -149,6 +149,6 @@ def launch_name(launch: Launch) -> str:
     types = [parameter.type for parameter in launch.parameters]
     content = (
         launch.function, launch.source, types, launch.constants, launch.num_warps,
-        launch.num_stages,
+        launch.num_stages, launch.most_registers,
     )  # fmt: skip
     return f"{launch.rule}_{sha256(repr(content).encode()).hexdigest()[:10]}"

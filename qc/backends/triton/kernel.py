@@ -85,6 +85,8 @@ class Launch:
     num_stages: int = 3
     late: tuple[str, ...] = ()
     """Parameters whose memory is touched only behind the join: see device/launches.py."""
+    most_registers: int | None = None
+    """Of a thread: what lets so many programs share a multiprocessor as there are."""
 
 
 @dataclass(frozen=True)

@@ -128,18 +128,34 @@ def unpack(words, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr):
 
 @triton.jit
 def load(plane, first, start, BLOCKS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
-         OUT: tl.constexpr):  # fmt: skip
-    """Load the words of OUT outputs, from block `first` of BLOCKS on, at channel `start`.
+         OUT: tl.constexpr, LANES: tl.constexpr = 1):  # fmt: skip
+    """Load the words of OUT outputs, from block `first` of BLOCKS on, at channel `start` of LANES.
 
     STEPS: the blocks of a plane along the channels, 256 / BITS each.
     """
-    at = tl.arange(0, OUT * 16)
-    block = first + at // 256
+    words = tl.load(plane + places(first, start, BLOCKS, BITS, STEPS, OUT, LANES))
+    return tl.reshape(words, [OUT * LANES // 16, 8, 4, 2, 2, 2])
+
+
+@triton.jit
+def load_before(plane, first, start, stop, BLOCKS: tl.constexpr, BITS: tl.constexpr,
+                STEPS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """Load words like `load`, unless `start` is not before channel `stop`."""
+    at = plane + places(first, start, BLOCKS, BITS, STEPS, OUT, LANES)
+    words = tl.load(at, mask=start < stop)
+    return tl.reshape(words, [OUT * LANES // 16, 8, 4, 2, 2, 2])
+
+
+@triton.jit
+def places(first, start, BLOCKS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+           OUT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """Return where the words of a tile lie: of lane after lane, of block after block."""
+    at = tl.arange(0, OUT * 16 * LANES)
+    block = first + at // 256 % (OUT // 16)
     if BLOCKS * 16 % OUT != 0:
         block = tl.minimum(block, BLOCKS - 1)
-    step = start // (256 // BITS)
-    words = tl.load(plane + (block * (STEPS * 256) + at % 256) + step * 256)
-    return tl.reshape(words, [OUT // 16, 8, 4, 2, 2, 2])
+    lane = at // (OUT * 16) * (STEPS // LANES * 256)
+    return (block * (STEPS * 256) + lane + at % 256) + start // (256 // BITS) * 256
 
 
 @triton.jit
@@ -154,6 +170,15 @@ def left64(a, b, c, d, OUT: tl.constexpr):
     """Turn the words of two runs of 32 channels into a left operand [OUT, 64]."""
     both = tl.join(tl.join(a, b), tl.join(c, d))  # [block, g, t, s, h, p, rows, run]
     return tl.reshape(tl.permute(both, (0, 6, 1, 7, 3, 4, 2, 5)), [OUT, 64])
+
+
+@triton.jit
+def left128(a, b, c, d, e, f, g, h, OUT: tl.constexpr):
+    """Turn the words of four runs of 32 channels into a left operand [OUT, 128]."""
+    first = tl.join(tl.join(a, b), tl.join(c, d))
+    second = tl.join(tl.join(e, f), tl.join(g, h))
+    both = tl.join(first, second)  # [block, g, t, s, h, p, rows, run % 2, run // 2]
+    return tl.reshape(tl.permute(both, (0, 6, 1, 8, 7, 3, 4, 2, 5)), [OUT, 128])
 
 
 @triton.jit

@@ -45,6 +45,8 @@ RUN = 32
 BLOCK = 16
 STEP, GROUP, REST = Index("step"), Index("group"), Index("rest")
 LARGEST_GROUP = 128
+LARGEST_UNIT = 64
+"""Channels that are multiplied at once."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,12 @@ class Coded(Term):
 
     @property
     def unit(self) -> int:
-        return min(self.group, 64)
+        return min(self.group, LARGEST_UNIT)
+
+    @property
+    def bits(self) -> int:
+        """Bits of codes that are loaded for a weight."""
+        return sum(part.stream.bits for part in self.parts if part.stream is not None)
 
     def emit(self, emission: Emission, loop: Loop, acc: str) -> None:
         for part in self.parts:
@@ -143,8 +150,8 @@ class Coded(Term):
                 self.digits(emission, loop, stream, run) for run in range(at, at + loop.unit, RUN)
             ]
             flat = ", ".join(name for run in runs for name in run)
-            kind = "left" if len(runs) == 1 else "left64"
-            left = emission.bind(f"fragments.{kind}({flat}, BN)")
+            kind = {1: "left", 2: "left64", 4: "left128"}[len(runs)]
+            left = emission.bind(f"fragments.{kind}({flat}, {loop.size})")
             x = loop.x(at)
             call = f"product({left}, {x})" if result is None else f"more({result}, {left}, {x})"
             result = emission.bind(f"fragments.{call}")
@@ -190,9 +197,12 @@ class Coded(Term):
         name = emission.weight(self.place.operand, array, torch.int16, repack)
         key = f"{name} from {start}"
         if key not in loop.known:
-            at = loop.at(start)
-            call = f"fragments.load({name}, {loop.block}, {at}, {blocks}, {bits}, {steps}, BN)"
-            loop.known[key] = emission.bind(call)
+            sizes = f"{blocks}, {bits}, {steps}"
+            if loop.registers:
+                loop.known[key] = loop.codes_ahead(emission, name, start, sizes)
+            else:
+                at = f"{loop.at(start)}, {sizes}, BN, {loop.lanes}"
+                loop.known[key] = emission.bind(f"fragments.load({name}, {loop.block}, {at})")
         return loop.known[key]
 
 

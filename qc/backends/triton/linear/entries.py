@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.kernel import Scratch
 from qc.backends.triton.linear.loop import declare
 from qc.backends.triton.linear.stages import EntriesOf
+from qc.backends.triton.linear.tiles import Tiling
 from qc.ir.weights.expression import ENTRY, LANE, ROW, Load
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The tile of a launch: outputs x rows, and how it is run."""
-
-    outputs: int
-    rows: int
-    warps: int
-    stages: int
-    width: int = 32
-    """Channels of a step of the loop, at least."""
-
 
 MOST_TOGETHER = 64
 FEW_ROWS, MANY_ROWS = 4, 32

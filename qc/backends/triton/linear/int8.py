@@ -37,6 +37,10 @@ class Int8Coded(Coded):
     def width(self) -> int:
         return max(self.group, 64)
 
+    @property
+    def unit(self) -> int:
+        return min(self.group, 64)
+
     def value(self, emission: Emission, loop: Loop, part: CodedPart, start: int) -> str:
         source = self.source
         assert source is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -64,12 +63,6 @@ class Term(ABC):
         """Write what adds the products of one step to an accumulator."""
 
 
-AHEAD = 1
-"""Steps that factors are loaded ahead. Triton loads what tensor cores multiply ahead by itself,
-through shared memory; factors stand behind the product, so they wait in registers. One step, for
-Triton pipelines no loop that passes values on further."""
-
-
 @dataclass
 class Loop:
     """One loop while it is written. `out` holds the outputs of the tile, `block` the number of its
@@ -78,7 +71,10 @@ class Loop:
     source: Source
     width: int
     unit: int
-    out: str = "out"
+    lanes: int = 1
+    """Stretches of channels that a tile holds: see device/lanes.py."""
+    registers: bool = False
+    """Codes, too, wait in registers, the first ones from before the launches in front end."""
     block: str = "block"
     tiles: list[str] = field(default_factory=list)
     known: dict[str, str] = field(default_factory=dict)
@@ -86,16 +82,33 @@ class Loop:
     last: str = "0"
     ahead: list[str] = field(default_factory=list)
     """Statements in front of the loop: what is loaded ahead for its first steps."""
+    loads: list[str] = field(default_factory=list)
+    """Statements at the start of its body: what is loaded for the step after it."""
     moves: list[str] = field(default_factory=list)
     """Statements at the end of its body, which pass on what was loaded ahead."""
 
     @property
+    def channels(self) -> int:
+        """The channels of a lane."""
+        return self.source.channels // self.lanes
+
+    @property
     def even(self) -> bool:
-        return self.source.channels % self.width == 0
+        return self.channels % self.width == 0
 
     @property
     def steps(self) -> int:
-        return -(-self.source.channels // self.width)
+        return -(-self.channels // self.width)
+
+    @property
+    def out(self) -> str:
+        """The outputs of the rows of a tile."""
+        return "out" if self.lanes == 1 else "lane_out"
+
+    @property
+    def size(self) -> str:
+        """The number of rows of a tile."""
+        return "BN" if self.lanes == 1 else f"BN * {self.lanes}"
 
     def at(self, start: int) -> str:
         """Return channel `start` of the step."""
@@ -111,23 +124,41 @@ class Loop:
         per_step = self.width // size
         at = step if per_step == 1 else f"({step}) * {per_step}"
         at = f"{at} + {number}" if number else at
-        last = -(-self.source.channels // size) - 1
-        return at if self.even and surely else f"tl.minimum({at}, {last})"
+        count = -(-self.channels // size)
+        at = at if self.even and surely else f"tl.minimum({at}, {count - 1})"
+        return at if self.lanes == 1 else f"lanes.groups({at}, BN, {self.lanes}, {count})"
 
     def loaded_ahead(self, emission: Emission, size: int, number: int, call: str) -> str:
-        """Write a load for a group, AHEAD steps before it is used: a cache miss then costs no
-        time. `call` has {} in place of the group."""
-        if self.steps <= AHEAD:
-            return emission.bind(call.format(self.group("step", size, number, True)))
+        """Write a load for a group, a step before it is used: a cache miss then costs no time.
+        `call` has {} in place of the group. Triton loads what tensor cores multiply ahead by
+        itself, through shared memory; factors stand behind the product, so they wait in registers.
+        One step, for Triton pipelines no loop that passes values on further."""
+        first = call.format(self.group(self.first, size, number, False))
+        after = call.format(self.group("step + 1", size, number, False))
+        return self.carried(emission, first, after)
+
+    def codes_ahead(self, emission: Emission, name: str, start: int, sizes: str) -> str:
+        """Write the loads of the words of a plane from channel `start` of a step on: in registers,
+        a step ahead."""
+        sizes = f"{sizes}, BN, {self.lanes}"
+        at, after = (f"({step}) * {self.width} + {start}" for step in (self.first, "step + 1"))
+        stop = f"({self.last}) * {self.width}"
+        return self.carried(
+            emission,
+            f"fragments.load({name}, {self.block}, {at}, {sizes})",
+            f"fragments.load_before({name}, {self.block}, {after}, {stop}, {sizes})",
+        )
+
+    def carried(self, emission: Emission, first: str, after: str) -> str:
+        """Write a load in front of the loop, and in a step that of the one after; return the name
+        of what the step has."""
         emission.bound += 1
-        names = [f"t{emission.bound}_{n}" for n in range(AHEAD + 1)]
-        for n, name in enumerate(names[:-1]):
-            step = f"{self.first} + {n}" if n else self.first
-            self.ahead.append(f"{name} = {call.format(self.group(step, size, number, False))}")
-        at = self.group(f"step + {AHEAD}", size, number, False)
-        emission.line(f"{names[-1]} = {call.format(at)}")
-        self.moves += [f"{a} = {b}" for a, b in pairwise(names)]
-        return names[0]
+        name, then = f"t{emission.bound}_0", f"t{emission.bound}_1"
+        self.ahead.append(f"{name} = {first}")
+        if self.steps > 1:
+            self.loads.append(f"{then} = {after}")
+            self.moves.append(f"{name} = {then}")
+        return name
 
     def sums(self, emission: Emission, start: int, size: int) -> str:
         """Write the sums of x over channels of the step, once; the same for all outputs."""
@@ -135,7 +166,7 @@ class Loop:
         if key not in self.known:
             result = None
             for at in range(start, start + size, self.unit):
-                ones = f"fragments.ones(BN, {self.unit}, {self.x(at)}.dtype)"
+                ones = f"fragments.ones({self.size}, {self.unit}, {self.x(at)}.dtype)"
                 call = f"product({ones}" if result is None else f"more({result}, {ones}"
                 result = emission.bind(f"fragments.{call}, {self.x(at)})")
             assert result is not None
@@ -145,37 +176,26 @@ class Loop:
 
 def emit_loop(
     emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int,
-    begin: Sequence[str] = (),
+    begin: Sequence[str] = (), lanes: int = 1, registers: bool = False, outer: int = 0,
 ) -> None:  # fmt: skip
     """Write the loop over all channels, or over this program's part of them; `least` channels a
     step where there are so many. `begin` are statements that stand in front of it, and behind what
     needs nothing of other launches."""
-    width = step_width(source, [term for _, term in terms], least)
-    loop = Loop(source, width, min(term.unit for _, term in terms))
-    if loop.steps == 1 and parts == 1:
-        emission.line("k = 0")
-        for _, term in terms:
-            term.load(emission, loop)
-    if isinstance(source.values, Scratch):
-        emission.join()
-    for line in begin:
-        emission.line(line)
-    x = declare(emission, source)
-    loop.first, loop.last = "0", str(loop.steps)
+    width = step_width(source.channels // lanes, [term for _, term in terms], least)
+    loop = Loop(source, width, min(term.unit for _, term in terms), lanes, registers)
     if parts > 1:
         each = -(-loop.steps // parts)
         loop.first = f"part * {each}"
         loop.last = f"tl.minimum(part * {each} + {each}, {loop.steps})"
-    emission.line(f"places = inputs.places(rows, {source.stride}, {source.before}, {source.after})")
-    looped, before = loop.steps > 1, emission.lines
-    emission.lines = []
-    if looped:
-        emission.line(f"for step in tl.range({loop.first}, {loop.last}):")
-        emission.depth += 1
     else:
-        emission.line("step = 0")
-    if looped or parts > 1:
-        emission.line(f"k = step * {width}")
+        loop.first, loop.last = "0", str(loop.steps)
+    if loop.steps == 1 and parts == 1:
+        emission.line("k = 0")
+        for _, term in terms:
+            term.load(emission, loop)
+    x = declare(emission, source)
+    looped, before = loop.steps > 1, emission.lines
+    emission.lines, emission.depth = [], emission.depth + looped
     for start in range(0, width, loop.unit):
         tile = tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)
         loop.tiles.append(emission.bind(tile))
@@ -183,18 +203,44 @@ def emit_loop(
         term.emit(emission, loop, acc)
     for line in loop.moves:
         emission.line(line)
-    emission.depth = 1
-    body, emission.lines = emission.lines, before
+    body, emission.lines, emission.depth = emission.lines, before, emission.depth - looped
+    if lanes > 1:
+        emission.line(f"lane_out = lanes.outputs(cell, BN, {outer}, {lanes})")
     for line in loop.ahead:
         emission.line(line)
+    emission.begin()
+    if isinstance(source.values, Scratch):
+        emission.join()
+    for line in begin:
+        emission.line(line)
+    emission.line(places_of(source, lanes))
+    if looped:
+        emission.line(f"for step in tl.range({loop.first}, {loop.last}):")
+        emission.depth += 1
+    else:
+        emission.line("step = 0")
+    if looped or parts > 1:
+        emission.line(f"k = step * {width}")
+    for line in loop.loads:
+        emission.line(line)
     emission.lines += body
+    emission.depth -= looped
 
 
-def step_width(source: Source, terms: Sequence[Term], least: int) -> int:
+def places_of(source: Source, lanes: int) -> str:
+    """Return the statement that says where the rows of a tile of x start."""
+    if lanes == 1:
+        call = f"inputs.places(rows, {source.stride}, {source.before}, {source.after})"
+    else:
+        call = f"lanes.places(lanes.numbers(tile, BM, ROWS, {lanes}), BM, {source.stride}, {lanes})"
+    return f"places = {call}"
+
+
+def step_width(channels: int, terms: Sequence[Term], least: int) -> int:
     """Return the channels of a step: what the terms need, or `least` where that divides better."""
     width = max(term.width for term in terms)
     wide = max(width, least)
-    return wide if source.channels % wide == 0 else width
+    return wide if channels % wide == 0 else width
 
 
 def declare(emission: Emission, source: Source) -> str:

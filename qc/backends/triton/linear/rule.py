@@ -12,16 +12,18 @@ from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgume
 from qc.backends.triton.emit import WHERE, Emission, Role, combined
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
+from qc.backends.triton.linear import tiles
 from qc.backends.triton.linear.coded import Coded
-from qc.backends.triton.linear.entries import Tiling, emit_entries, outputs_of
+from qc.backends.triton.linear.entries import emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.stages import TILE_OF_CHAIN, EntriesOf, Stages, Step
+from qc.backends.triton.linear.tiles import Tiling
 from qc.ir.types import Dim, as_dim
 
-DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "int8", "products")
+DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "int8", "lanes", "products")
 BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
 """Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
@@ -225,11 +227,10 @@ class LinearLaunches:
     def loop(self, stages: Stages, loops: Loops) -> Planned:
         """Write the loop over the channels of x, or over a part of them, without its end."""
         source, looped = loops[0]
-        tiling = self.tiling([term for _, term in looped], 1)
+        tiling = self.tiling([term for _, term in looped], 1, source)
         parts, outer = self.parts(loops, tiling), self.linear.outer
         emission = self.emission("linear", tiling, outer, 1)
-        begin = [f"{acc} = products.zeros(BN, BM)" for acc in self.accs]
-        emit_loop(emission, source, looped, parts, tiling.width, begin)
+        self.emit_products(emission, source, looped, tiling, parts)
         emission.join()
         for acc in self.accs:
             at = emission.array(f"{acc}_parts", self.partial(acc, parts), torch.float32)
@@ -247,7 +248,9 @@ class LinearLaunches:
         """Write the launch that ends with the epilogue, and in front of it the one that loops over
         x, where that is split along the channels; with `beside`, the loop is written already."""
         outer = self.linear.outer
-        tiling = self.tiling([term for _, term in loops[0][1]] if loops else [], 1)
+        tiling = self.tiling([], 1)
+        if loops:
+            tiling = self.tiling([term for _, term in loops[0][1]], 1, loops[0][0])
         parts = self.parts(loops, tiling)
         launches = []
         if parts > 1 and not beside:
@@ -259,7 +262,12 @@ class LinearLaunches:
             begin = [self.summed(emission, acc, parts) for acc in self.accs]
         else:
             emission = self.emission("linear", tiling, outer, 1)
-            begin = [f"{acc} = products.zeros(BN, BM)" for acc in self.accs]
+            begin = []
+            if loops:
+                self.emit_products(emission, *loops[0], tiling, 1)
+                loops = loops[1:]
+            else:
+                begin = [f"{acc} = products.zeros(BN, BM)" for acc in self.accs]
         for source, looped in loops:
             emit_loop(emission, source, looped, 1, tiling.width, begin)
             begin = []
@@ -274,6 +282,22 @@ class LinearLaunches:
             *launches,
             self.launched(Planned(emission, f"linear_{stages.rules}", tiling, outer)),
         ]
+
+    def emit_products(
+        self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
+        parts: int,
+    ) -> None:  # fmt: skip
+        """Write the loop over the channels of x: accumulators from zero to their sums."""
+        lanes = tiling.lanes
+        size = "BN, BM" if lanes == 1 else f"BN * {lanes}, BM * {lanes}"
+        begin = [f"{acc} = products.zeros({size})" for acc in self.accs]
+        emit_loop(
+            emission, source, looped, parts, tiling.width, begin, lanes, tiling.registers,
+            self.linear.outer,
+        )  # fmt: skip
+        if lanes > 1:
+            for acc in self.accs:
+                emission.line(f"{acc} = lanes.joined({acc}, {lanes})")
 
     def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
         """Write what follows the products, and the store."""
@@ -295,7 +319,9 @@ class LinearLaunches:
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
         rows = Cells(as_dim(self.rows * planned.multiple), tiling.rows)
         grid = rows, Cells(planned.outer, tiling.outputs), Cells(planned.parts)
-        return emission.launch(planned.rule, grid, tiling.warps, tiling.stages)
+        return emission.launch(
+            planned.rule, grid, tiling.warps, tiling.stages, tiling.most_registers
+        )
 
     def together(self, planned: Sequence[Planned]) -> list[Launch]:
         """Close functions that share a launch."""
@@ -311,17 +337,27 @@ class LinearLaunches:
         grid = Cells(1), Cells(programs), Cells(1)
         return [emission.launch(planned[-1].rule, grid, warps, stages)]
 
-    def tiling(self, terms: list[Term], multiple: int) -> Tiling:
-        """Choose the tile of a launch."""
+    def tiling(self, terms: list[Term], multiple: int, source: Source | None = None) -> Tiling:
+        """Choose the tile of a launch; `source` is what the main loop multiplies."""
         rows = LARGEST_TILE if self.bucket is None else self.bucket * multiple
         rows = min(LARGEST_TILE, 1 << (rows - 1).bit_length())
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
-        bytes = 1 if any(isinstance(term, Int8Coded) for term in terms) else 2
-        rows = max(rows, LEAST_COPIED // (narrowest * bytes))
-        if coded:
-            return Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128)
-        return Tiling(32, rows, 4, 2)
+        bytes = any(isinstance(term, Int8Coded) for term in terms)
+        least = max(rows, LEAST_COPIED // (narrowest * (1 if bytes else 2)))
+        if not coded:
+            return Tiling(32, least, 4, 2)
+        if bytes or source is None:
+            return Tiling(64, least, 4, 3, 256 if least <= 16 else 128)
+        gpu = self.linear.region.target.gpu
+        bits = sum(term.bits for term in terms if isinstance(term, Coded))
+        group = min(term.group for term in terms if isinstance(term, Coded))
+        architectures = gpu.architectures if gpu else ()
+        found = tiles.coded_tilings(
+            rows, self.linear.outer, source.channels, bits, group, architectures
+        )
+        chosen = next(each for each in found if divides(source, terms, each))
+        return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))
 
     def parts(self, loops: Loops, tiling: Tiling) -> int:
         """Choose among how many programs the channels of x are split."""
@@ -330,7 +366,9 @@ class LinearLaunches:
         source, looped = loops[0]
         gpu = getattr(self.linear.region.target, "gpu", None)
         multiprocessors = gpu.multiprocessors if gpu else 108
-        width = step_width(source, [term for _, term in looped], tiling.width)
+        if tiling.parts is not None:
+            return tiling.parts
+        width = step_width(source.channels, [term for _, term in looped], tiling.width)
         steps = -(-source.channels // width)
         programs = -(-self.linear.outer // tiling.outputs)
         many = self.bucket > FEW_ROWS or self.crowded
@@ -339,6 +377,15 @@ class LinearLaunches:
         least = LEAST_STEPS_OF_MANY if many else LEAST_STEPS
         parts = max(1, min(MOST_PARTS, -(-PROGRAMS * multiprocessors // programs), steps // least))
         return -(-steps // -(-steps // parts))  # without those that would have nothing to do
+
+
+def divides(source: Source, terms: Sequence[Term], tiling: Tiling) -> bool:
+    """Say whether every lane of a tile has as many whole steps as the others."""
+    if tiling.lanes == 1:
+        return True
+    channels = source.channels // tiling.lanes
+    width = step_width(channels, terms, tiling.width)
+    return source.kind == "rows" and source.channels % (tiling.lanes * width) == 0
 
 
 def source_of(linear: LinearRegion) -> Source:
@@ -356,8 +403,8 @@ def linear_rule(region: Region) -> Call | None:
     linear = match_linear(region)
     if linear is None:
         return None
-    entries = "entries" in LinearLaunches(linear, 1).stages().rules
-    buckets = (1, *BUCKETS) if entries else BUCKETS
+    rules = LinearLaunches(linear, 1).stages().rules
+    buckets = (1, *BUCKETS) if "entries" in rules or "coded" in rules else BUCKETS
     launches = [LinearLaunches(linear, bucket) for bucket in buckets]
     variants = tuple(each.variant() for each in launches)
     repack: dict[tuple[int, str], Repack] = {}

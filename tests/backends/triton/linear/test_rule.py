@@ -27,7 +27,9 @@ def test_the_text_of_a_fused_linear(golden: Callable[[str, str], None]) -> None:
     ("case", "rows", "functions"),
     [
         (Case("int4·g128", 14336, 64), 1, ["linear"]),
-        (Case("int4·g128", 1024, 4096), 1, ["linear", "finish"]),
+        (Case("int4·g128", 1024, 4096), 1, ["linear"]),
+        (Case("int4·g128", 1024, 4096), 3, ["linear"]),
+        (Case("int4·g128", 1024, 4096), 16, ["linear", "finish"]),
         (Case("int4·g128", 1024, 4096), 70, ["linear"]),
         (Case("int4·g128", 1024, 512, activation=32), 1, ["copy", "linear"]),
         (Case("int4·g128 + rank32", 1024, 512), 1, ["beside", "finish"]),

@@ -1,0 +1,66 @@
+"""Which tiles the launches of a linear work in: chosen by measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tile of a launch: outputs x rows, and how it is run."""
+
+    outputs: int
+    rows: int
+    warps: int
+    stages: int
+    width: int = 32
+    """Channels of a step of the loop, at least."""
+    lanes: int = 1
+    """Stretches of channels that a tile holds side by side: see device/lanes.py."""
+    registers: bool = False
+    """Codes are loaded into registers a step ahead, not through shared memory."""
+    most_registers: int | None = None
+    """Registers of a thread: so few that programs of several outputs run side by side."""
+    parts: int | None = None
+    """Among how many programs the channels are split, where that is no question of the shape."""
+
+
+MANY_OUTPUTS = 8192
+"""Outputs from which on tiles of 64 are as many programs as multiprocessors."""
+MEASURED, NARROW = "sm_90", "sm_100"
+"""The architecture that these were measured on, and one that sends products of 8 columns or more
+through tensor memory: what is for it, too, keeps the tiles that it was written for."""
+
+
+def coded_tilings(
+    rows: int, outer: int, inner: int, bits: int, group: int, architectures: Collection[str]
+) -> Iterator[Tiling]:
+    """Yield tiles of a loop over codes, `bits` a weight with factors for `group` channels, for up
+    to `rows` rows: the best first, and at the end one that fits any shape. Measured by
+    benchmarks/gpu_tiles.py."""
+    if MEASURED in architectures and NARROW not in architectures:
+        if rows <= 4 and bits <= 4:
+            if bits == 4 or outer <= inner:
+                yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
+            yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
+        if rows <= 16 and bits == 4:
+            yield Tiling(64, 16, 4, 3, 256, registers=True)  # 16 columns cost less than 4
+        elif bits == 4 and inner > outer and rows > 32:
+            yield Tiling(128, rows, 8, 3, 128, registers=True)
+        elif bits == 4:
+            yield Tiling(64, rows, 4, 3, 256 if outer >= MANY_OUTPUTS else 128, registers=True)
+    yield Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128)
+
+
+def few_rows(rows: int, outer: int, inner: int, at_once: bool) -> Iterator[Tiling]:
+    """Yield tiles of several lanes; `at_once`: registers hold the codes of many channels."""
+    if rows == 1:
+        if at_once and inner <= 8 * 512:
+            yield Tiling(16, 1, 8, 3, 512, 8, True, parts=1)
+        yield Tiling(16, 2, 8, 3, 256, 8, True, parts=1)
+        return
+    if at_once and outer < MANY_OUTPUTS and inner <= 4 * 1024:
+        yield Tiling(32, 4, 8, 3, 1024, 4, True, parts=1)
+    if inner > outer:
+        yield Tiling(16, 4, 8, 3, 256, 8, True, parts=1)
