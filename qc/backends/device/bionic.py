@@ -8,11 +8,12 @@ aligned_alloc, of level 28."""
 
 LIBC = (
     "__errno", "__register_atfork", "__sched_cpualloc", "__sched_cpucount", "__sched_cpufree",
-    "aligned_alloc", "calloc", "clock_gettime", "close", "free", "fstat", "getauxval", "malloc",
-    "memcmp", "memcpy", "memmove", "memset", "mmap", "munmap", "open", "pthread_create",
-    "pthread_join", "pthread_key_create", "pthread_mutex_lock", "pthread_mutex_unlock",
-    "pthread_once", "pthread_setspecific", "pthread_sigmask", "realloc", "sched_getaffinity",
-    "sched_yield", "sigfillset", "snprintf", "strcmp", "strerror", "strlen", "syscall", "vsnprintf",
+    "aligned_alloc", "calloc", "clock_gettime", "close", "free", "fstat", "getauxval",
+    "madvise", "malloc", "memcmp", "memcpy", "memmove", "memset", "mmap", "munmap", "open",
+    "pthread_create", "pthread_join", "pthread_key_create", "pthread_mutex_lock",
+    "pthread_mutex_unlock", "pthread_once", "pthread_setspecific", "pthread_sigmask", "realloc",
+    "sched_getaffinity", "sched_yield", "sigfillset", "snprintf", "strcmp", "strerror",
+    "strlen", "syscall", "vsnprintf",
 )  # fmt: skip
 LIBM = ("exp", "expf", "fmaf", "log", "logf", "pow", "powf", "sin", "cos", "tanh", "erf")
 """Functions of bionic's libc.map.txt and libm.map.txt for arm64, up to that level. A library that
