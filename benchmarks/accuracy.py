@@ -81,8 +81,8 @@ def evaluation_windows(model: CanonicalModel, text: Path, count: int) -> list[Te
 
 
 def stored_bits(graph: Graph) -> dict[str, float]:
-    """Return bits a weight of the linears of the blocks, and of the head; a branch beside a linear
-    adds bits, but no weights."""
+    """Return bits a weight of the linears of the blocks, of the head, and of everything stored; a
+    branch beside a linear adds bits, but no weights."""
     bits = {"blocks": 0, "head": 0}
     weights: dict[str, dict[str, int]] = {"blocks": {}, "head": {}}
     seen: set[Node] = set()
@@ -93,6 +93,12 @@ def stored_bits(graph: Graph) -> dict[str, float]:
             place = "head" if node in graph.outputs else "blocks"
             bits[place] += weight.bits
             weights[place][weight.name.removesuffix(".branch")] = weight.elements
+    for parameter in graph.parameters:
+        if isinstance(parameter.op, ops.Parameter):
+            weight = parameter.op.weight
+            bits["everything"] = bits.get("everything", 0) + weight.bits
+            name = weight.name.removesuffix(".branch")
+            weights.setdefault("everything", {}).setdefault(name, weight.elements)
     return {
         place: round(bits[place] / sum(known.values()), 4)
         for place, known in weights.items()

@@ -27,21 +27,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.synchronize import Lock
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from benchmarks.accuracy import WINDOW, WINDOWS, losses_of, stored_bits
-from benchmarks.claims import CONFIGURATIONS, decide, whole
+from benchmarks.claims import COMPLETE, CONFIGURATIONS, decide, whole
 from qc.errors import QcError
 from qc.ir.device import parse_device
 from qc.ir.graph import Graph
 from qc.ir.ops import Parameter
 from qc.ir.target import Target
-from qc.passes.calibration import Calibration
+from qc.passes.calibration import SELF, Calibration
 from qc.passes.calibration.data import cut
-from qc.passes.pipeline import Context, Pass
+from qc.passes.pipeline import Context, Pass, Pipeline
 
 SAMPLES = 128
 """Sequences that methods are calibrated on."""
@@ -49,13 +49,45 @@ SAMPLES = 128
 DECIDING = 48
 """Windows behind them on which searches decide."""
 
+SOURCES: tuple[tuple[str, Source, int], ...] = (
+    ("text", "text", SAMPLES), ("self 32", "self", 32), ("self 128", "self", SAMPLES),
+)  # fmt: skip
+"""What complete recipes are calibrated on: by name, a source and a number of sequences."""
+
 FIRST_OF_SEED = 200
 """Window of the evaluation text where the calibration data of seed 1 starts."""
 
 
+Source = Literal["text", "self"]
+"""Where calibration data comes from: the calibration text, or the model."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured: passes under a name, with a seed; `samples` sequences of `source`, the
+    bench's number where that is 0. A pipeline is run as it is, passes between those that all
+    configurations have."""
+
+    name: str
+    passes: tuple[Pass, ...] | Pipeline
+    seed: int = 0
+    source: Source = "text"
+    samples: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What a result is known by."""
+        return self.name, self.seed
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """All that is run."""
+        return self.passes if isinstance(self.passes, Pipeline) else whole(self.passes)
+
+
 @dataclass(frozen=True)
 class Bench:
-    """A canonical model and two streams of tokens."""
+    """A canonical model, two streams of tokens, and the token that its texts start with."""
 
     graph: Graph
     calibration: Tensor
@@ -64,20 +96,24 @@ class Bench:
     samples: int = SAMPLES
     windows: int = WINDOWS
     deciding: int = DECIDING
+    start: int | None = None
 
-    def sequences(self, seed: int) -> list[Tensor]:
+    def sequences(self, seed: int, samples: int) -> list[Tensor]:
         """Return the calibration sequences of a seed."""
         if seed == 0:
-            return cut(self.calibration, self.samples, WINDOW)
-        first = (FIRST_OF_SEED + (seed - 1) * self.samples) % (len(self.evaluation) // WINDOW)
-        return cut(self.evaluation[first * WINDOW :], self.samples, WINDOW)
+            return cut(self.calibration, samples, WINDOW)
+        first = (FIRST_OF_SEED + (seed - 1) * samples) % (len(self.evaluation) // WINDOW)
+        return cut(self.evaluation[first * WINDOW :], samples, WINDOW)
 
-    def measure(self, name: str, passes: Sequence[Pass], seed: int) -> dict[str, Any]:
+    def measure(self, job: Job) -> dict[str, Any]:
         """Quantize and evaluate; return what was found, as plain JSON."""
-        data = Calibration(self.sequences(seed), self.samples, WINDOW, seed, self.device)
-        context = Context(Target("any", "any"), calibration=data.bound(self.graph, None, None))
+        samples = job.samples or self.samples
+        text: Any = SELF if job.source == SELF else self.sequences(job.seed, samples)
+        data = Calibration(text, samples, WINDOW, job.seed, self.device)
+        bound = data.bound(self.graph, None, self.start)
+        context = Context(Target("any", "any"), calibration=bound)
         start, used = time.perf_counter(), time.process_time()
-        graph = whole(passes).run(self.graph, context)
+        graph = job.pipeline.run(self.graph, context)
         seconds, used = time.perf_counter() - start, time.process_time() - used
         test = cut(self.evaluation, self.windows, WINDOW)
         behind = self.calibration[SAMPLES * WINDOW :]
@@ -86,8 +122,8 @@ class Bench:
         coverage = context.calibration.coverage if context.calibration else {}
         errors = [each.error for each in coverage.values() if each.error is not None]
         return {
-            "name": name,
-            "seed": seed,
+            "name": job.name,
+            "seed": job.seed,
             "perplexity": perplexity(losses[: len(test)]),
             "deciding": perplexity(losses[len(test) :]),
             "bits": stored_bits(graph),
@@ -97,9 +133,10 @@ class Bench:
             "cpu_seconds": round(used, 1),
             "gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
             "device": self.device,
-            "samples": self.samples,
+            "source": job.source,
+            "samples": samples,
             "windows": self.windows,
-            "passes": [repr(one) for one in passes],
+            "passes": [repr(one) for one in getattr(job.passes, "passes", job.passes)],
         }
 
 
@@ -118,9 +155,6 @@ def formats_of(graph: Graph) -> dict[str, int]:
 
 # ---------------------------------------------------------------- many at once
 
-Job = tuple[str, tuple[Pass, ...], int]
-"""Name, passes, seed."""
-
 
 def run_all(
     bench: Bench, jobs: Iterable[Job], file: Path, workers: int, until: float = math.inf
@@ -130,7 +164,7 @@ def run_all(
     queue: Any = fork.SimpleQueue()
     lock = fork.Lock()
     known = {(each["name"], each["seed"]) for each in read_results(file)}
-    missing = [job for job in jobs if (job[0], job[2]) not in known]
+    missing = [job for job in jobs if job.key not in known]
     running = [
         fork.Process(target=work, args=(bench, queue, file, lock, number, until))
         for number in range(workers)
@@ -148,15 +182,22 @@ def work(bench: Bench, queue: Any, file: Path, lock: Lock, number: int, until: f
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[number % len(cpus)]})
     torch.set_num_threads(1)
-    for name, passes, seed in iter(queue.get, None):
-        if time.time() > until:
-            continue
-        try:
-            result = bench.measure(name, passes, seed)
-        except (ArithmeticError, LookupError, QcError, RuntimeError, ValueError) as error:
-            result = {"name": name, "seed": seed, "error": f"{type(error).__name__}: {error}"}
-            traceback.print_exc()
-        append(file, result, lock)
+    for job in iter(queue.get, None):
+        if time.time() <= until:
+            append(file, measured(bench, job), lock)
+
+
+def measured(bench: Bench, job: Job) -> dict[str, Any]:
+    """Measure a job; return what went wrong where something did."""
+    try:
+        return bench.measure(job)
+    except (ArithmeticError, LookupError, QcError, RuntimeError, ValueError) as error:
+        traceback.print_exc()
+        return {
+            "name": job.name,
+            "seed": job.seed,
+            "error": f"{type(error).__name__}: {error}",
+        }
 
 
 def append(file: Path, result: dict[str, Any], lock: Any) -> None:
@@ -190,7 +231,17 @@ def open_bench(folder: str, device: str) -> Bench:
     calibration, evaluation = (
         torch.tensor(encode(each.read_text(encoding="utf-8"))) for each in (CALIBRATION, EVALUATION)
     )
-    return Bench(model.graph, calibration, evaluation, device)
+    start = model.captured.captured.bos_id
+    return Bench(model.graph, calibration, evaluation, device, start=start)
+
+
+def complete_jobs() -> list[Job]:
+    """Return the recipes as they are compiled, on text and on what the model writes."""
+    return [
+        Job(f"{name}, {text}", passes, source=source, samples=samples)
+        for name, passes in COMPLETE.items()
+        for text, source, samples in SOURCES
+    ]
 
 
 def add_bench(parser: argparse.ArgumentParser, jobs: str) -> None:
@@ -210,7 +261,8 @@ def main(configurations: Callable[[], dict[str, tuple[Pass, ...]]] = CONFIGURATI
     options = parser.parse_args()
     if options.decide is None:
         chosen = {n: p for n, p in configurations().items() if re.search(options.only, n)}
-        jobs = [(name, p, seed) for seed in options.seeds for name, p in chosen.items()]
+        jobs = [Job(name, p, seed) for seed in options.seeds for name, p in chosen.items()]
+        jobs += [job for job in complete_jobs() if re.search(options.only, job.name)]
         run_all(open_bench(options.model, options.device), jobs, options.output, options.workers)
     for verdict in decide(read_results(options.decide or options.output)):
         print(verdict)

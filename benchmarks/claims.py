@@ -23,6 +23,7 @@ from qc.passes.quantize.gptq import Gptq
 from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.quantize.sensitive_tables import SensitiveTables
 from qc.passes.quantize.spqr import Spqr
+from qc.passes.recipes import RECIPES
 from qc.passes.recipes.composed import GPTQ2, GPTQ3
 from qc.passes.recipes.rounding import CACHE_16, TABLES_16
 from qc.passes.transform.awq import AwqScales
@@ -109,6 +110,14 @@ CONFIGURATIONS: dict[str, tuple[Pass, ...]] = {
     "low rank + gptq3": (SplitLowRank("rank4", whiten=True), Gptq(THREE)),
 }  # fmt: skip
 """What is measured, by name; the head stays in 16 bits everywhere."""
+
+
+COMPLETE: dict[str, Pipeline] = {
+    **{f"{name} complete": Pipeline(RECIPES[name].calibrated or RECIPES[name].passes)
+       for name in ("w4", "w4a16", "w3", "w2")},
+    **{f"{name} rounded": RECIPES[name].pipeline for name in ("w8", "w4", "w3_rtn")},
+}  # fmt: skip
+"""Recipes as they are compiled, with their heads, tables and activations."""
 
 
 @dataclass(frozen=True)
@@ -224,17 +233,7 @@ class Verdict:
 CAUSES: dict[str, str] = {}
 """Claims that do not reproduce, and why."""
 
-UNMEASURED = frozenset(
-    {
-        "3 bits, g64: gptq with act-order < gptq without",
-        "the gap between rtn and gptq is larger at 3 bits than at 4",
-        "3 bits: spqr < gptq with groups of 32 in perplexity",
-        "3 bits a row: weighted tables < plain k-means < rtn in perplexity",
-        "3 bits a row: tables with 0.45% sparse < tables alone",
-        "3 bits, g64: the better axis < rtn in perplexity",
-        "3 bits, g64: the better axis + gptq < gptq",
-    }
-)
+UNMEASURED: frozenset[str] = frozenset()
 """Claims that no recorded result decides yet."""
 
 

@@ -89,6 +89,7 @@ def nested(bits: int, group: int, scale: int, minimum: int) -> str:
 
 VALUES_AND_OUTPUTS = "re:(v|o)_proj$"
 KEYS_AND_VALUES = "re:(k|v)_proj$"
+VALUES, OUTPUTS = "re:v_proj$", "re:o_proj$"
 
 CHANGES: dict[str, Mapping[str, Any]] = {
     "half repair": {"repair": 0.5},
@@ -103,9 +104,19 @@ CHANGES: dict[str, Mapping[str, Any]] = {
 }
 """What is changed whatever the bits."""
 
-STARTS = {3: Composition(nested(3, 32, 6, 6)), 2: Composition(nested(2, 16, 4, 4))}
+STARTS = {
+    4: Composition(nested(4, 32, 8, 8)),
+    3: Composition(nested(3, 32, 6, 6)),
+    2: Composition(nested(2, 32, 6, 6)),
+}
 
 FORMATS: dict[int, dict[str, Mapping[str, Any]]] = {
+    4: {
+        "plain g32": {"format": "int4·g32·min"},
+        "plain g64": {"format": "int4·g64·min"},
+        "g64": {"format": nested(4, 64, 8, 8)},
+        "zero g64": {"format": "int4·g64·zero"},
+    },
     3: {
         "g64": {"format": nested(3, 64, 6, 6)},
         "g16": {"format": nested(3, 16, 3, 4)},
@@ -128,14 +139,20 @@ FORMATS: dict[int, dict[str, Mapping[str, Any]]] = {
         },
     },
     2: {
-        "g32": {"format": nested(2, 32, 6, 6)},
+        "g16": {"format": nested(2, 16, 4, 4)},
         "g24": {"format": nested(2, 24, 6, 6)},
-        "g32, outliers": {"format": nested(2, 32, 6, 6), "outliers": "0.5%"},
-        "g32, wider values and outputs": {
-            "format": nested(2, 32, 6, 6), "wider": (VALUES_AND_OUTPUTS,),
-        },
-        "g32, wider keys and values": {
-            "format": nested(2, 32, 6, 6), "wider": (KEYS_AND_VALUES,),
+        "finer scales": {"format": nested(2, 32, 8, 8)},
+        "outliers": {"outliers": "0.3%"},
+        "rank 2": {"rank": 2},
+        "wider values and outputs": {"wider": (VALUES_AND_OUTPUTS,)},
+        "wider keys and values": {"wider": (KEYS_AND_VALUES,)},
+        "wider values": {"wider": (VALUES,)},
+        "wider outputs": {"wider": (OUTPUTS,)},
+        "half of wider down": {"wider": (r"re:layers\.\d*[02468]\..*down_proj$",)},
+        "wider ends": {"wider": (r"re:layers\.(0|1|28|29)\.",)},
+        "g64, wider down": {"format": nested(2, 64, 6, 6), "wider": ("re:down_proj$",)},
+        "g64, wider values and outputs": {
+            "format": nested(2, 64, 6, 6), "wider": (VALUES_AND_OUTPUTS,),
         },
         "tables": {"format": "lookup2·row", "refinements": 0},
     },

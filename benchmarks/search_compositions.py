@@ -17,6 +17,9 @@ from typing import Any
 from benchmarks.campaign import Job, add_bench, open_bench, read_results, run_all
 from benchmarks.compositions import CHANGES, FORMATS, STARTS
 
+MOST_BITS = {4: 5.0, 3: 3.5, 2: 2.6}
+"""Stored bits of a weight that a composition may take, by the bits of its codes."""
+
 BEST_FORMATS = 3
 """Formats, beside that of the start, on which the changes that helped are tried."""
 
@@ -35,7 +38,7 @@ def job_of(bits: int, changes: Sequence[str]) -> Job:
     """Return the composition with some changes, to be measured with the first seed."""
     known = {**CHANGES, **FORMATS[bits]}
     found = STARTS[bits].with_changes([known[each] for each in changes])
-    return name_of(bits, changes), found.passes, 0
+    return Job(name_of(bits, changes), found.passes)
 
 
 def first_round(bits: int) -> list[Job]:
@@ -71,7 +74,7 @@ def second_round(results: Results, bits: int, most: float) -> list[Job]:
             sums = [helped[:number], helped[: number - 1] + helped[number:]]
             for changes in sums:
                 job = job_of(bits, (*base, *changes))
-                found.setdefault(job[0], job)
+                found.setdefault(job.name, job)
     return [job for name, job in found.items() if name not in results]
 
 
@@ -79,12 +82,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_bench(parser, "compositions")
     parser.add_argument("--bits", type=int, default=3, choices=STARTS, help="of a code")
-    parser.add_argument("--most-bits", type=float, default=3.5, help="stored a weight")
+    parser.add_argument("--most-bits", type=float, help="stored a weight")
     parser.add_argument("--list", action="store_true", help="only name the first candidates")
     options = parser.parse_args()
-    bits, most = options.bits, options.most_bits
+    bits, most = options.bits, options.most_bits or MOST_BITS[options.bits]
     if options.list:
-        print("\n".join(name for name, _, _ in first_round(bits)))
+        print("\n".join(job.name for job in first_round(bits)))
         return
     bench = open_bench(options.model, options.device)
     run_all(bench, first_round(bits), options.output, options.workers)

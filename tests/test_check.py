@@ -27,6 +27,7 @@ from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.nearby import nearest_accepted
 from qc.passes.quantize.round_to_nearest import RoundToNearest
 from qc.passes.recipes import RECIPES, ROUNDING
+from qc.passes.recipes.rounding import INT4
 from qc.stages import CanonicalModel, resolve_recipe
 from tests.tiny_llama import llama_folder
 
@@ -78,7 +79,7 @@ def test_equal_linears_are_one_row(canonical: CanonicalModel) -> None:
     assert counts[56, 72] == 1
     text = str(canonical.check("cpu", "w4"))
     assert "model.layers.*.self_attn.q_proj.weight, ...o_proj.weight" in text
-    assert "int4·g32·min, int8/g32" in text
+    assert f"{INT4}, int8/g32" in text
     assert "bytes read for each token" in text
     assert "compiling will take about" in text
 

@@ -12,6 +12,7 @@ import pytest
 
 import qc
 from qc.cli import STAGES, main
+from qc.passes.recipes.rounding import INT4
 from tests.tiny_llama import TEXT, byte_level_tokenizer, llama_folder
 
 
@@ -52,9 +53,10 @@ def test_compile_shows_what_became_of_every_layer(
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     q_proj = next(row for row in rows if row and row[0].endswith("q_proj.weight"))
-    # 56 columns are a group of 32 and one of 24, each with two float16 numbers: 4 + 64/56 bits.
+    # 56 columns are two groups, each with two codes of 8 bits; the row has their two float16
+    # factors: 4 + 64/56 bits.
     assert "linear" in q_proj
-    assert "int4·g32·min" in q_proj
+    assert INT4 in q_proj
     assert q_proj[-2:] == ["5.143", "2,016"]
     summary = qc.load(place).report().to_dict()["summary"]
     assert f"{summary['linear_bytes']:,}" in done.stdout
@@ -146,7 +148,7 @@ def test_inspect_shows_every_stage(capsys: pytest.CaptureFixture[str], place: Pa
     assert "aten.linear.default" in shown["captured"]
     assert "rms_norm" in shown["canonical"]
     assert "aten" not in shown["canonical"]
-    assert "int4·g32·min" in shown["quantized"]
+    assert INT4 in shown["quantized"]
     assert "fused" in shown["planned"]
     assert "round_to_nearest" in shown["log"]
 

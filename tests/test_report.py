@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qc
+from qc.passes.recipes.rounding import INT4
 from qc.progress import progress_bar
 from qc.report import compile_report
 from qc.runtime.tables import Report
@@ -52,9 +53,10 @@ def test_quantized_weights_take_what_the_format_says() -> None:
     rows = {(row["name"], row["kind"]): row for row in report["rows"]}
     inner = rows["inner.weight", "linear"]
     assert inner["shape"] == [48, 48]
-    assert inner["format"] == "int4·g32·min"
-    # 48 rows of 48 codes in 4 bits and of 2 groups, a full one and a tail, with 2 x 16 bits each.
-    assert inner["bytes"] == 48 * (48 * 4 + 2 * 32) // 8
+    assert inner["format"] == INT4
+    # 48 rows of 48 codes in 4 bits and of 2 groups, a full one and a tail, with 2 x 8 bits each;
+    # and two factors of 16 bits.
+    assert inner["bytes"] == 48 * (48 * 4 + 2 * 16 + 32) // 8
     assert inner["bits_per_weight"] == pytest.approx(4 + 64 / 48, abs=1e-4)
     # The shared table is stored twice now: in 4 bits for the head, in 8 for the embedding, with a
     # scale of 16 bits for each of its 40 rows.

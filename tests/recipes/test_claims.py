@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.campaign import Bench, open_bench, read_results, run_all
+from benchmarks.campaign import Bench, Job, open_bench, read_results, run_all
 from benchmarks.claims import (
     CAUSES,
     CLAIMS,
@@ -100,7 +100,7 @@ def bench() -> Bench:
 @pytest.mark.claims
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.recipe}: {claim.text}")
 def test_claims_reproduce(claim: Claim) -> None:
-    jobs = [(name, CONFIGURATIONS[name], 0) for name in claim.names]
+    jobs = [Job(name, CONFIGURATIONS[name]) for name in claim.names]
     run_all(bench(), jobs, MEASURED, 1)
     found = next(each for each in decide(read_results(MEASURED)) if each.claim is claim)
     if not found.holds and claim.text in CAUSES:

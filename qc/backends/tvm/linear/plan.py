@@ -94,7 +94,9 @@ class ArrayLayout:
             return torch.nn.functional.pad(array, (0, 0, 0, self.shape[-2] - array.shape[-2]))
         if self.unit is not None:
             more = -array.shape[-1] % (self.unit // 8)
-            array = torch.nn.functional.pad(array, (0, more)).contiguous().view(self.dtype)
+            joined = torch.nn.functional.pad(array, (0, more))
+            # Flat: a single row may keep any stride, and then its bytes cannot be viewed as words.
+            array = joined.flatten().view(self.dtype).unflatten(0, (*array.shape[:-1], -1))
         rows_last = array.movedim(self.row_axis, -1)
         padded = torch.nn.functional.pad(rows_last, (0, -rows_last.shape[-1] % BLOCK))
         blocks: Tensor = padded.unflatten(-1, (-1, BLOCK)).movedim(-2, 0)
