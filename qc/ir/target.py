@@ -68,6 +68,11 @@ class Target:
     llvm_features: tuple[str, ...] = ()
     """Beyond those of `llvm_cpu`, as LLVM spells them: "+dotprod"."""
 
+    @property
+    def is_android(self) -> bool:
+        """Say whether programs find Android's libc there."""
+        return self.llvm_triple.endswith("android")
+
     def has(self, *features: str) -> bool:
         """Say whether the machine has all of these instruction sets."""
         return self.features.issuperset(features)
@@ -107,6 +112,7 @@ operation each.
 ARM_V8 = frozenset({"asimd"})
 ARM_DOTPROD = ARM_V8 | {"asimddp"}
 ARM_I8MM = ARM_DOTPROD | {"i8mm"}
+ANDROID = "linux-android"
 
 
 def arm(
@@ -116,13 +122,16 @@ def arm(
     gigahertz: float,
     bytes_per_cycle: float,
     vector_instructions: float = 2.0,
+    system: str = "linux-gnu",
 ) -> Target:
     """Describe an ARM CPU, whose vectors have 16 bytes; features are spelled as by Linux."""
     spelled = {"asimddp": "+dotprod", "i8mm": "+i8mm"}
+    # Android's shadow call stack is found by x18.
+    reserved = ["+reserve-x18"] if system == ANDROID else []
     return Target(
         "arm64", name, features, 16, cpu, gigahertz, bytes_per_cycle, vector_instructions,
-        machine="aarch64", llvm_triple="aarch64-linux-gnu",
-        llvm_features=tuple(spelled[f] for f in sorted(features) if f in spelled),
+        machine="aarch64", llvm_triple=f"aarch64-{system}",
+        llvm_features=(*(spelled[f] for f in sorted(features) if f in spelled), *reserved),
     )  # fmt: skip
 
 
@@ -135,8 +144,13 @@ ARMS = {
     "rpi5": arm("rpi5", ARM_DOTPROD, "neoverse-n1", 2.4, 4.0),
     "graviton2": arm("graviton2", ARM_DOTPROD, "neoverse-n1", 2.5, 4.5),
     "graviton3": arm("graviton3", ARM_I8MM, "neoverse-v1", 2.6, 6.0, 4.0),
-    "pixel-6": arm("pixel-6", ARM_DOTPROD, "neoverse-n1", 2.25, 5.0),
-    "pixel-8": arm("pixel-8", ARM_I8MM, "cortex-a715", 2.4, 6.0),
+    "android-arm64": arm("android", ARM_V8, "generic", 1.8, 2.5, system=ANDROID),
+    "android-arm64-dotprod": arm(
+        "android-dotprod", ARM_DOTPROD, "generic", 2.2, 4.0, system=ANDROID
+    ),
+    "android-arm64-i8mm": arm("android-i8mm", ARM_I8MM, "generic", 2.4, 6.0, system=ANDROID),
+    "pixel-6": arm("pixel-6", ARM_DOTPROD, "neoverse-n1", 2.25, 5.0, system=ANDROID),
+    "pixel-8": arm("pixel-8", ARM_I8MM, "cortex-a715", 2.4, 6.0, system=ANDROID),
 }
 """Every ARM machine that packages are built for, by name: instruction sets, then devices.
 

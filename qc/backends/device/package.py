@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qc.backends.artifact import ArtifactFacts, tokenizer_files
+from qc.backends.device.bionic import API_LEVEL
 from qc.backends.device.program import DeviceProgram
 from qc.backends.device.text_tables import text_tables
 from qc.backends.device.toolchain import (
@@ -47,7 +48,7 @@ def write_device_package(
 
     Nothing is left at `path` where a step fails.
     """
-    tools = toolchain_for(target.machine)
+    tools = toolchain_for(target.machine, target.is_android)
     with ArtifactWriter(path) as writer:
         lowered = lower(graph, target, CPU_RULES)
         manifest = manifest_of(lowered, facts, False)
@@ -65,7 +66,8 @@ def write_device_package(
         (folder / HEADER.name).write_bytes(HEADER.read_bytes())
         for name in (LIBRARY, ARCHIVE, RUNNER, HEADER.name, WEIGHTS):
             writer.keep(name)
-        described = describe(program, manifest, workspace, has_text=text is not None)
+        has_text = text is not None
+        described = describe(program, manifest, workspace, has_text, target.is_android)
         writer.add("README", readme(described).encode())
         return writer.finish_described(described)
 
@@ -100,7 +102,7 @@ def compile_package(
 
 
 def describe(
-    program: DeviceProgram, manifest: Manifest, workspace: int, has_text: bool
+    program: DeviceProgram, manifest: Manifest, workspace: int, has_text: bool, android: bool
 ) -> dict[str, Any]:
     """Say what is in a package."""
     step, prefill = program.plans
@@ -113,6 +115,7 @@ def describe(
             "arch": manifest.target.arch,
             "features": list(manifest.target.features),
         },
+        "android_api": API_LEVEL if android else None,
         "identity": program.identity.hex(),
         "vocabulary": program.vocabulary,
         "context_length": program.context,
@@ -135,7 +138,9 @@ def readme(described: Mapping[str, Any]) -> str:
     """Say how to use a package."""
     target, memory = described["target"], described["memory"]
     needs = ", ".join(target["features"]) or "no special instruction set"
-    return f"""A language model for {target["name"]} ({target["arch"]}, Linux; {needs}).
+    android = described["android_api"]
+    system = f"Android, API level {android}" if android else "Linux"
+    return f"""A language model for {target["name"]} ({target["arch"]}, {system}; {needs}).
 
     {RUNNER}          static program:  ./{RUNNER} {WEIGHTS} "prompt"
     {LIBRARY}     the same as a library; needs libc, libm and POSIX threads

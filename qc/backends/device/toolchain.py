@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import qc.runtime
+from qc.backends.device import bionic
 from qc.backends.tvm.build import c_compiler, last_line
 from qc.errors import TargetError
 
@@ -51,6 +52,7 @@ class Toolchain:
     compiler: tuple[str, ...]
     prefix: str
     linking: tuple[str, ...] = ()
+    android: bool = False
 
     def run(self, command: Sequence[object], what: str) -> None:
         """Run a tool."""
@@ -69,8 +71,38 @@ class Toolchain:
         where = [f"-I{folder}" for folder in includes]
         speed = FAST if source.stem in HOT else SMALL
         hidden = [f"-ffile-prefix-map={folder}/=" for folder in (source.parent, *includes)]
-        command = [*self.compiler, *FLAGS, *speed, *more, *hidden, *where, "-c", source, "-o", to]
+        system = bionic.COMPILING if self.android else ()
+        command = [
+            *self.compiler,
+            *FLAGS,
+            *speed,
+            *system,
+            *more,
+            *hidden,
+            *where,
+            "-c",
+            source,
+            "-o",
+            to,
+        ]
         self.run(command, f"compile {source.name}")
+
+    def bionic_adapter(self, place: Path) -> Path:
+        """Compile what stands between glibc's headers and Android's libc."""
+        adapter = place / "bionic.o"
+        self.compile(DEVICE / "bionic.c", adapter, (), ())
+        return adapter
+
+    def bionic_libraries(self, place: Path) -> list[object]:
+        """Make stubs of Android's libraries; return what to link a library with."""
+        linked: list[object] = [*bionic.LINKING]
+        for name, functions in bionic.STUBS.items():
+            source, stub = place / f"stub_{name}.c", place / name
+            source.write_text(bionic.stub_source(functions))
+            how = ["-w", "-fno-builtin", "-shared", "-nostdlib", f"-Wl,-soname,{name}"]
+            self.run([*self.compiler, *how, source, "-o", stub], f"make a stub of {name}")
+            linked.append(stub)
+        return linked
 
     def drop_unwinding(self, kernels: Path) -> None:
         """Remove what kernels would be unwound by from an object file."""
@@ -82,7 +114,11 @@ class Toolchain:
         script = objects[0].parent / "exported"
         script.write_text(f"{{ global: {EXPORTED}; local: *; }};\n")
         strip = ["-s", "-Wl,--build-id=none", "-Wl,--gc-sections"]
-        libraries = ["-lpthread", "-lm"]
+        libraries: list[object] = ["-lpthread", "-lm"]
+        shared_libraries, adapters = libraries, list[Path]()
+        if self.android:
+            shared_libraries = self.bionic_libraries(script.parent)
+            adapters = [self.bionic_adapter(script.parent)]
         shared = ["-shared", f"-Wl,-soname,{LIBRARY}", "-Wl,-z,defs", "-Wl,-z,noexecstack",
                   f"-Wl,--version-script={script}"]  # fmt: skip
         self.run(
@@ -92,16 +128,19 @@ class Toolchain:
                 *self.linking,
                 *strip,
                 *objects,
+                *adapters,
                 "-o",
                 folder / LIBRARY,
-                *libraries,
+                *shared_libraries,
             ],
             f"link {LIBRARY}",
         )
         # One object whose other names are hidden: several models can be linked into a program
         # whose own functions may be called as they like.
         whole = script.with_name("model_whole.o")
-        self.run([*self.compiler, "-r", "-nostdlib", *objects, "-o", whole], f"link {ARCHIVE}")
+        self.run(
+            [*self.compiler, "-r", "-nostdlib", *objects, *adapters, "-o", whole], f"link {ARCHIVE}"
+        )
         keep = ["--wildcard", f"--keep-global-symbol={EXPORTED}", "--strip-unneeded"]
         self.run([f"{self.prefix}objcopy", *keep, whole], f"hide names of {ARCHIVE}")
         (folder / ARCHIVE).unlink(missing_ok=True)
@@ -121,12 +160,13 @@ class Toolchain:
         )
 
 
-def toolchain_for(architecture: str) -> Toolchain:
-    """Return the tools for an architecture, as `uname -m` calls it. TargetError where none are
-    installed."""
+def toolchain_for(architecture: str, android: bool = False) -> Toolchain:
+    """Return the tools for an architecture, as `uname -m` calls it, with glibc or Android's libc.
+    TargetError where none are installed."""
     here = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    linking = LINKING.get(architecture, ())
     if architecture == here:
-        return Toolchain(tuple(c_compiler()), "", LINKING.get(architecture, ()))
+        return Toolchain(tuple(c_compiler()), "", linking, android)
     prefix = CROSS.get(architecture)
     if prefix is None:
         raise TargetError(f"this machine is {here}: nothing is known to build for {architecture}")
@@ -135,4 +175,4 @@ def toolchain_for(architecture: str) -> Toolchain:
             f"no {prefix}gcc is installed, which builds for {architecture} "
             f"(Debian: {PACKAGES[architecture]})"
         )
-    return Toolchain((f"{prefix}gcc",), prefix, LINKING.get(architecture, ()))
+    return Toolchain((f"{prefix}gcc",), prefix, linking, android)
