@@ -74,8 +74,9 @@ def compile(
     `group_size` change the sizes of the recipe's own; `cache` says how keys and values are kept:
     "f32", "f16", or on GPUs "int8" or "e4m3", with a scale for each head of a token. Recipes
     that look at data see the first `num_calibration_samples` sequences (128; 32 of "self") of
-    `max_seq_length` tokens of `calibration`: texts, token ids, a .txt or .jsonl file, a data set, or
-    "self", the default: text that the model writes, drawn with `seed`. w4 and w4a16 look at data only where it is given.
+    `max_seq_length` tokens of `calibration`: texts, token ids, a .txt or .jsonl file, a data set,
+    or "self", the default: text that the model writes, drawn with `seed`. w4 and w4a16 look at
+    data only where it is given.
     `device` is where the model runs over the data: "cpu", "cuda", "cuda:1", or "auto", a GPU where
     torch has one. With `output` the artifact is written there, and finished weights are kept
     beside it until it is: with `resume` a compilation that was killed goes on from them. With
