@@ -37,6 +37,16 @@ class QuantizedTensor:
         """The number of axes."""
         return self.codes.ndim
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the values."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes lie."""
+        return self.codes.device
+
     def dequantize(self) -> Tensor:
         """Return codes * scale as float32[..., channels]."""
         groups, _ = split_groups(code_values(self.codes), self.format.group)
