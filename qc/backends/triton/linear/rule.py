@@ -292,7 +292,7 @@ class LinearLaunches:
         begin = [f"{acc} = products.zeros({size})" for acc in self.accs]
         emit_loop(
             emission, source, looped, parts, tiling.width, begin, lanes, tiling.registers,
-            self.linear.outer,
+            self.linear.outer, tiling.unit,
         )  # fmt: skip
         if lanes > 1:
             for acc in self.accs:
@@ -353,7 +353,7 @@ class LinearLaunches:
         group = min(term.group for term in terms if isinstance(term, Coded))
         architectures = gpu.architectures if gpu else ()
         found = tiles.coded_tilings(
-            tiles.MANY if self.bucket is None else rows,
+            tiles.MANY if self.bucket is None and len(terms) == 1 else rows,
             self.linear.outer,
             source.channels,
             bits,

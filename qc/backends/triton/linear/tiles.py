@@ -24,6 +24,8 @@ class Tiling:
     """Registers of a thread: so few that programs of several outputs run side by side."""
     parts: int | None = None
     """Among how many programs the channels are split, where that is no question of the shape."""
+    unit: int | None = None
+    """Channels that are multiplied at once where groups have so many; None: what terms like."""
 
 
 MANY_OUTPUTS = 8192
@@ -47,7 +49,12 @@ def coded_tilings(
                 yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
             yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
         if rows > LARGEST and bits == 4:
-            yield Tiling(128, rows, 8, 3, 128, registers=True)
+            wide = outer >= MANY_OUTPUTS and group >= MANY
+            yield (
+                Tiling(64, rows, 4, 3, 128, unit=MANY)
+                if wide
+                else Tiling(64, LARGEST, 4, 3, 256, registers=True)
+            )
         elif rows <= 16 and bits == 4:
             yield Tiling(64, 16, 4, 3, 256, registers=True)  # 16 columns cost less than 4
         elif bits == 4 and inner > outer and rows > 32:
