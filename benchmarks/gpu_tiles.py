@@ -37,6 +37,9 @@ LANES = ((4, 16, 4), (8, 16, 8), (4, 32, 8), (16, 16, 16), (8, 16, 4), (2, 16, 2
 
 def candidates(rows: int, inner: int) -> Iterator[tuple[Tiling, int]]:
     """Yield the tiles to try for a number of rows, and the channels that are multiplied at once."""
+    if rows > 64:
+        yield from of_many_rows()
+        return
     yield Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128), 64
     if rows > 4:
         wide = rows > 16
@@ -61,6 +64,16 @@ def candidates(rows: int, inner: int) -> Iterator[tuple[Tiling, int]]:
         for most in (None, fit) if words <= 8 else (None, 128):
             if rows == 1 or most is None:
                 yield Tiling(outputs, tile, warps, 3, width, lanes, True, most, 1), unit
+
+
+def of_many_rows() -> Iterator[tuple[Tiling, int]]:
+    """Yield tiles for any number of rows."""
+    for outputs, rows, warps, width, registers, unit in product(
+        (64, 128, 256), (64, 128, 256), (4, 8), (128, 256), (False, True), (64, 128)
+    ):
+        held = outputs * rows // (32 * warps)
+        if outputs // 16 >= warps and 32 <= held <= 128 and (width == 128 or rows == 64):
+            yield Tiling(outputs, rows, warps, 3, width, 1, registers), unit
 
 
 def call_with(

@@ -48,12 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("check", help="what compiling would give and take")
     add_what_to_compile(one)
+    add_cache(one)
     one.add_argument("--json", action="store_true", help="print the report as JSON")
     one.add_argument("--quiet", action="store_true", help="no progress")
     one.set_defaults(command=check_command)
 
     one = commands.add_parser("compile", help="compile a model for a target")
     add_what_to_compile(one)
+    add_cache(one)
     one.add_argument("-o", "--output", required=True, metavar="DIR", help="the artifact to write")
     add_calibration(one)
     one.add_argument(
@@ -138,6 +140,13 @@ def add_what_to_compile(parser: argparse.ArgumentParser, model: str = MODEL) -> 
     parser.add_argument("--group-size", type=int, metavar="G", help="inputs that share a scale")
 
 
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Add how keys and values are kept."""
+    parser.add_argument(
+        "--cache", help="keys and values: f32, f16; on GPUs int8, e4m3 (default: the recipe's)"
+    )
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add what recipes that look at data ask for."""
     parser.add_argument(
@@ -171,7 +180,8 @@ def check_command(options: argparse.Namespace) -> int:
 
     report = check(
         options.model, options.target, recipe=options.recipe, weights=options.weights,
-        bits=options.bits, group_size=options.group_size, progress=not options.quiet,
+        bits=options.bits, group_size=options.group_size, cache=options.cache,
+        progress=not options.quiet,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), ensure_ascii=False) if options.json else report)
     return 0 if report.accepted else 1
@@ -184,7 +194,8 @@ def compile_command(options: argparse.Namespace) -> None:
 
     artifact = compile(
         options.model, options.target, recipe=options.recipe, weights=options.weights,
-        bits=options.bits, group_size=options.group_size, calibration=calibration_data(options),
+        bits=options.bits, group_size=options.group_size, cache=options.cache,
+        calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
         max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
         resume=options.resume,

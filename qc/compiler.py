@@ -23,7 +23,7 @@ from qc.progress import progress_bar
 from qc.runtime.artifact import read_manifest
 from qc.runtime.manifest import MANIFEST, TORCH
 from qc.runtime.package import check_place
-from qc.stages import CapturedModel, Progress, plan_graph, resolve_recipe, silent
+from qc.stages import CapturedModel, Progress, caching, plan_graph, resolve_recipe, silent
 
 if TYPE_CHECKING:
     from qc.backends.artifact import ArtifactFacts
@@ -55,6 +55,7 @@ def compile(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    cache: str | None = None,
     calibration: Any = None,
     num_calibration_samples: int | None = None,
     max_seq_length: int = 512,
@@ -70,10 +71,12 @@ def compile(
 
     The recipe is the one that the target names unless `recipe` says otherwise; `weights` is another
     format for the linears than the recipe's: "int3·g64 + rank16 + sparse0.5%"; `bits` and
-    `group_size` change the sizes of the recipe's own. Recipes that look at data see the first
-    `num_calibration_samples` sequences (128; 32 of "self") of `max_seq_length` tokens of
-    `calibration`: texts, token ids, a .txt or .jsonl file, a data set, or "self", the default: text
-    that the model writes, drawn with `seed`. w4 and w4a16 look at data only where it is given.
+    `group_size` change the sizes of the recipe's own; `cache` says how keys and values are kept:
+    "f32", "f16", or on GPUs "int8" or "e4m3", with a scale for each head of a token. Recipes
+    that look at data see the first `num_calibration_samples` sequences (128; 32 of "self") of
+    `max_seq_length` tokens of `calibration`: texts, token ids, a .txt or .jsonl file, a data set,
+    or "self", the default: text that the model writes, drawn with `seed`. w4 and w4a16 look at
+    data only where it is given.
     `device` is where the model runs over the data: "cpu", "cuda", "cuda:1", or "auto", a GPU where
     torch has one. With `output` the artifact is written there, and finished weights are kept
     beside it until it is: with `resume` a compilation that was killed goes on from them. With
@@ -83,7 +86,9 @@ def compile(
     written, before anything is read. What cannot be stored as asked, or has no kernel, is refused
     before any long work.
     """
-    machine, passes, _ = quantization(target, recipe, weights, bits, group_size, calibration)
+    machine, passes, _ = quantization(
+        target, recipe, weights, bits, group_size, calibration, cache
+    )  # fmt: skip
     data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     kept = kept_beside(output, resume)
     with shown(progress) as report:
@@ -222,11 +227,13 @@ def quantization(
     bits: int | None,
     group_size: int | None,
     calibration: Any = None,
+    cache: str | None = None,
 ) -> tuple[Target, Pipeline, str]:
     """Return the machine that a target names, the passes to run, and the recipe that it names."""
     machine, named = parse_target(target, RECIPES)
     given = calibration is not None
-    return machine, resolve_recipe(recipe or named, weights, bits, group_size, given), named
+    passes = resolve_recipe(recipe or named, weights, bits, group_size, given)
+    return machine, caching(passes, cache), named
 
 
 def calibration_of(
@@ -263,6 +270,7 @@ def check(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    cache: str | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
 ) -> CheckReport:
@@ -271,7 +279,7 @@ def check(
 
     No weight is quantized and nothing is written. Predictions are nominal: decision 009.
     """
-    machine, passes, _ = quantization(target, recipe, weights, bits, group_size)
+    machine, passes, _ = quantization(target, recipe, weights, bits, group_size, cache=cache)
     with shown(progress) as report:
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)

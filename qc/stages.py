@@ -34,6 +34,7 @@ from qc.passes.lift import LIFT
 from qc.passes.pipeline import Context, Pass, Pipeline, Step, replace_passes
 from qc.passes.plan.fuse import Fuse
 from qc.passes.prepare import PREPARE
+from qc.passes.prepare.explicit_cache import CACHES, ExplicitCache
 from qc.passes.prepare.trailing_logits import TrailingLogits
 from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.round_to_nearest import RoundToNearest, as_weight_format
@@ -317,6 +318,19 @@ def resolve_recipe(
     if weights is not None:
         passes = storing(passes, as_weight_format(weights))
     return passes if bits is None and group_size is None else resized(passes, bits, group_size)
+
+
+def caching(pipeline: Pipeline, cache: str | None) -> Pipeline:
+    """Return the passes with keys and values kept as `cache` says: "f32", "f16", "int8", "e4m3".
+
+    RecipeError for another name.
+    """
+    if cache is None:
+        return pipeline
+    if cache not in CACHES:
+        hint = nearest(cache, CACHES) or f"; known are {', '.join(CACHES)}"
+        raise RecipeError(f"keys and values cannot be kept as {cache!r}{hint}")
+    return pipeline.replace(ExplicitCache, CACHES[cache])
 
 
 def storing(pipeline: Pipeline, format: WeightFormat) -> Pipeline:

@@ -119,7 +119,7 @@ class Lowering(ABC, Generic[Found, Code]):
         """Add an ATen call that stays on torch, or refuse it."""
 
     @abstractmethod
-    def quantized(self, number: int, type: TensorType) -> Place:
+    def quantized(self, name: str, type: TensorType, kind: str = "scratch") -> Place:
         """Add the buffers of a quantized value."""
 
     # ---- values
@@ -147,6 +147,8 @@ class Lowering(ABC, Generic[Found, Code]):
         type = node.tensor
         if node in self.states:
             shape = (type.shape[0], sympy.Symbol("context"), *type.shape[2:])
+            if type.format is not None:
+                return self.quantized(label, replace(type, shape=shape), "state")
             return {"values": self.add_value(label, type.dtype, shape, "state")}
         index = self.add_value(label, type.dtype, type.shape, "input")
         self.program.values[index] = replace(
@@ -178,7 +180,7 @@ class Lowering(ABC, Generic[Found, Code]):
             )
         if type.format is None:
             return {"values": self.add_value(f"v{number}", type.dtype, type.shape, "scratch")}
-        return self.quantized(number, type)
+        return self.quantized(f"v{number}", type)
 
     def view(self, node: Node) -> Place:
         """Return the buffers behind a reshape or an item of a call with several results."""

@@ -614,7 +614,7 @@ class Rope(Op):
 @dataclass(frozen=True)
 class Append(Op):
     """The cache after this call: past [batch, past, heads, dim] followed by new [batch, seq, ...],
-    stored in the dtype of past."""
+    stored as past is: in its dtype, or quantized in its format."""
 
     name: ClassVar[str] = "append"
 
@@ -625,7 +625,13 @@ class Append(Op):
         length = as_dim(past.shape[1] + new.shape[1])
         return past.reshaped((past.shape[0], length, *past.shape[2:]))
 
-    def meaning(self, past: Tensor, new: Tensor, *, sizes: Sizes) -> Tensor:
+    def meaning(
+        self, past: Tensor | QuantizedTensor, new: Tensor, *, sizes: Sizes
+    ) -> Tensor | QuantizedTensor:
+        if isinstance(past, QuantizedTensor):
+            added = quantize_activation(new, past.format)
+            codes = torch.cat((past.codes, added.codes), 1)
+            return QuantizedTensor(codes, torch.cat((past.scale, added.scale), 1), past.format)
         return torch.cat((past, new.to(past.dtype)), 1)
 
 
@@ -657,8 +663,10 @@ class Attention(Op):
         return q.reshaped((*q.shape[:3], v.shape[3]))
 
     def meaning(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sizes: Sizes
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor | QuantizedTensor, v: Tensor | QuantizedTensor,
+        mask: Tensor | None = None, *, sizes: Sizes,
+    ) -> Tensor:  # fmt: skip
+        k, v = (t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (k, v))
         q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
         if self.is_plain(q.shape[2], k.shape[2]) and mask is None:
             attended = F.scaled_dot_product_attention(

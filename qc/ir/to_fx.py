@@ -167,13 +167,13 @@ def identifier(label: str) -> str:
 def attributes_of(op: Op) -> list[tuple[str, Any]]:
     """Return the fields of an op by name; FX knows no dataclasses, so formats are spread."""
     if isinstance(op, ops.Quantize):
-        return [("bits", op.format.bits), ("group", op.format.group)]
+        return [(each.name, getattr(op.format, each.name)) for each in fields(op.format)]
     return [(each.name, getattr(op, each.name)) for each in fields(op)]
 
 
-def quantize(x: Tensor, *, bits: int, group: int | None) -> QuantizedTensor:
+def quantize(x: Tensor, *, bits: int, group: int | None, kind: str) -> QuantizedTensor:
     """Compute what `Quantize` means."""
-    return quantize_activation(x, ActivationFormat(bits, group))
+    return quantize_activation(x, ActivationFormat(bits, group, kind))
 
 
 @cache

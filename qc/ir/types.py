@@ -95,14 +95,26 @@ def shape_text(shape: tuple[Dim, ...]) -> str:
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """How a quantized activation is stored: symmetric int8 codes with one float32 scale for
-    every `group` consecutive channels of a token (`group=None`: one for the whole token)."""
+    """How a quantized activation is stored: symmetric codes with one float32 scale for every
+    `group` consecutive channels of a token (`group=None`: one for the whole token). A code is an
+    int8, or a float of 8 bits: `kind` "e4m3"."""
 
     bits: int = 8
     group: int | None = None
+    kind: str = "int"
+
+    @property
+    def limit(self) -> float:
+        """The largest code."""
+        return 448.0 if self.kind == "e4m3" else float(2 ** (self.bits - 1) - 1)
+
+    @property
+    def code(self) -> str:
+        """The name of the codes: int8, e4m3."""
+        return self.kind if self.kind == "e4m3" else f"int{self.bits}"
 
     def __str__(self) -> str:
-        return f"int{self.bits}/" + ("token" if self.group is None else f"g{self.group}")
+        return f"{self.code}/" + ("token" if self.group is None else f"g{self.group}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,8 @@ class TensorType:
         return replace(self, dtype=dtype, format=None)
 
     def __str__(self) -> str:
-        name = DTYPE_NAMES[self.dtype] if self.format is None else f"i{self.format.bits}"
+        name = DTYPE_NAMES[self.dtype] if self.format is None else self.format.code
+        name = name.replace("int", "i")
         return name + shape_text(self.shape)
 
 

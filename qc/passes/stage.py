@@ -54,10 +54,12 @@ def linears_read_weights(node: Node) -> str | None:
 
 
 def quantized_values_feed_linears(node: Node) -> str | None:
-    """Only linears read quantized activations."""
+    """Only linears read quantized activations, besides appends to caches and attention to them."""
     if isinstance(node.op, ops.Linear):
         return None
-    if any(getattr(i.type, "format", None) is not None for i in node.inputs):
+    caches = {ops.Append: slice(0, 1), ops.Attention: slice(1, 3)}.get(type(node.op))
+    others = [i for i in node.inputs if caches is None or i not in node.inputs[caches]]
+    if any(getattr(i.type, "format", None) is not None for i in others):
         return f"{node.op.name} reads a quantized activation"
     return None
 

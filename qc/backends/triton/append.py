@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from qc.backends.region import RESULT, ArrayArgument, Region
 from qc.backends.triton.glue import Glue, power_of_two
 from qc.backends.triton.kernel import Call, Cells, KernelRule, Variant
-from qc.backends.triton.storage import declare_result, flat, is_cache, stored_dtype
+from qc.backends.triton.storage import code_dtype, declare_result, flat, is_cache, stored_dtype
 from qc.ir import ops
 from qc.ir.node import Node
-from qc.ir.types import Dim, element_count, symbol
+from qc.ir.types import ActivationFormat, Dim, element_count, symbol
 
 CHANNELS_A_WARP = 256
 """Eight a thread: one load of 16 bytes from float16."""
@@ -20,6 +22,16 @@ def cache_shape(node: Node) -> tuple[Dim, ...]:
     """Return the shape of the buffer of a cache."""
     batch, _, heads, dim = node.tensor.shape
     return (batch, symbol("context"), heads, dim)
+
+
+def codes_of(
+    glue: Glue, operand: int, node: Node, format: ActivationFormat
+) -> tuple[str, str]:  # fmt: skip
+    """Add pointers to the codes and the scales of a quantized cache, a scale a head."""
+    shape = cache_shape(node)
+    codes = glue.pointer(ArrayArgument(operand, "codes", shape), code_dtype(format))
+    scales = ArrayArgument(operand, "scale", (*shape[:-1], 1))
+    return codes, glue.pointer(scales, torch.float32)
 
 
 def inner_nodes(region: Region) -> list[Node]:
@@ -95,10 +107,21 @@ def append(region: Region) -> Call | None:
     glue = Glue("append")
     pointers = {n: declare(glue, region, n) for n in region.body.inputs if n is not past}
     tile, (token, *rest) = tile_of(glue, source, pointers)
-    cache = glue.pointer(ArrayArgument(RESULT, "values", cache_shape(root)), root.tensor.dtype)
     batch, seq, heads, dim = source.tensor.shape
     sizes = glue.size(seq), glue.size(past.tensor.shape[1]), glue.size(symbol("context"))
-    glue.do("rotary.append", cache, token, *sizes, *rest, tile, heads, dim)
+    format = root.tensor.format
+    if format is not None:
+        if format.group is not None:
+            return None
+        written = codes_of(glue, RESULT, root, format)
+        code = glue.named(f"codes.to_{format.code}")
+        glue.do(
+            "rotary.append_codes", *written, code, token, *sizes, *rest, tile, heads, dim,
+            format.limit,
+        )  # fmt: skip
+    else:
+        cache = glue.pointer(ArrayArgument(RESULT, "values", cache_shape(root)), root.tensor.dtype)
+        glue.do("rotary.append", cache, token, *sizes, *rest, tile, heads, dim)
     launch = glue.launch((Cells(element_count((batch, seq))),), warps_for(int(heads), int(dim)))
     in_place = region.body.inputs.index(past)
     return Call(element_count((batch, seq)), (Variant(None, (launch,)),), {}, in_place)

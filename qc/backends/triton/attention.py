@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from qc.backends.region import Region
-from qc.backends.triton.append import declare, inner_nodes, rope_of
+from qc.backends.triton.append import codes_of, declare, inner_nodes, rope_of
 from qc.backends.triton.glue import Glue, Text, power_of_two
 from qc.backends.triton.kernel import Call, Cells, KernelRule, Launch, Scratch, Variant
 from qc.backends.triton.storage import declare_result, is_cache
@@ -29,6 +29,8 @@ BLOCK_ROWS = 64
 POSITIONS = 64
 """Positions of a tile: with 64 channels, 8 KiB of keys are on the way at a time."""
 MOST_PARTS = 64
+UNITS = {"int8": 1.0, "e4m3": 256.0}
+"""What the values that device functions make of codes are to be multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,15 @@ class Writer:
         self.problem = problem
         self.glue = Glue(rule)
         region = problem.region
-        self.pointers = {n: declare(self.glue, region, n) for n in region.body.inputs}
+        self.scales: dict[Node, str] = {}
+        self.pointers = {}
+        for number, n in enumerate(region.body.inputs):
+            format = n.tensor.format
+            if format is None:
+                self.pointers[n] = declare(self.glue, region, n)
+            else:
+                found = codes_of(self.glue, number, n, format)
+                self.pointers[n], self.scales[n] = found
 
     def queries(self, number: str, head: str, exists: str) -> str:
         """Write the loading of rows of queries."""
@@ -155,11 +165,15 @@ class Writer:
         sizes = (glue.size(problem.seq), glue.size(problem.total), glue.size(problem.room))
         shape = (problem.kv_heads, problem.dim, problem.dim_v)
         tile = (padded(problem.dim), padded(problem.dim_v), POSITIONS)
-        op = problem.op
+        op, format = problem.op, k.tensor.format
+        scales = [self.scales.get(n, self.pointers[n]) for n in (k, v)]
+        decoding = glue.named("codes.plain" if format is None else f"codes.from_{format.code}")
+        unit = 0.0 if format is None else UNITS[format.code]
         return glue.calls(
-            3, "attention.attend", rows, self.pointers[k], self.pointers[v], mask,
-            Text(f"attention.{masking}"), batch, head, kv_head, token, exists, *sizes, start, stop,
-            *strides, *shape, *tile, op.scale, op.causal, op.window or 0, op.softcap or 0.0,
+            3, "attention.attend", rows, self.pointers[k], self.pointers[v], *scales, decoding,
+            mask, Text(f"attention.{masking}"), batch, head, kv_head, token, exists, *sizes, start,
+            stop,
+            *strides, *shape, *tile, op.scale, op.causal, op.window or 0, op.softcap or 0.0, unit,
         )  # fmt: skip
 
 
@@ -243,8 +257,14 @@ def is_attention(region: Region) -> bool:
     extents = (*q.tensor.shape[2:], *k.tensor.shape[2:], *v.tensor.shape[2:])
     caches = {n for n, o in zip(region.body.inputs, region.operands, strict=True) if is_cache(o)}
     both = caches in (set(), {k, v})  # one number of positions that there is room for
+    formats = {k.tensor.format, v.tensor.format}
+    known = len(formats) == 1 and all(
+        f is None or (f.group is None and f.code in UNITS and caches) for f in formats
+    )
     inner = len(inner_nodes(region)) == 1 + (rope_of(q) is not None)
-    return leaves and plain and inner and both and all(isinstance(e, int) for e in extents)
+    return (
+        leaves and plain and inner and both and known and all(isinstance(e, int) for e in extents)
+    )
 
 
 def attention(region: Region) -> Call | None:

@@ -79,6 +79,11 @@ class Glue:
         self.lines.append(f"{name} = {self.expression(function, arguments)}")
         return name
 
+    def named(self, function: str) -> Text:
+        """Return the name of a device function that is an argument of another."""
+        self.modules[function.partition(".")[0]] = None
+        return Text(function)
+
     def calls(self, results: int, function: str, *arguments: object) -> list[str]:
         """Write a call with several results; return their names."""
         names = [f"v{self.counted + i}" for i in range(results)]

@@ -132,6 +132,8 @@ class GoldenWriter:
                 self.dense = {node: node.op.weight.dense()}  # one in memory at a time
             return self.dense[node], {}
         place = self.lowering.places[node]
+        if node.tensor.format is not None and self.is_kept(place["codes"], node):
+            return self.quantized_cache(node, place, sizes)
         if node.tensor.format is not None:
             value = self.normal(node.tensor.shape, sizes)
             quantized = quantize_activation(value, node.tensor.format)
@@ -139,7 +141,7 @@ class GoldenWriter:
             return quantized, arrays
         index = place["values"]
         stored = torch_dtype(self.lowering.program.values[index].dtype)
-        if is_cache(node) or self.lowering.program.values[index].kind == "state":
+        if self.is_kept(index, node):
             return self.cache(node, index, stored, sizes)
         value = self.values(node, stored, sizes)
         arrays = {index: value}
@@ -148,6 +150,23 @@ class GoldenWriter:
                 arrays[converted] = value.to(dtype)
                 value = value.to(dtype)
         return value.to(node.tensor.dtype), arrays
+
+    def is_kept(self, index: int, node: Node) -> bool:
+        """Say whether a value is a cache, which has room for more than it holds."""
+        return is_cache(node) or self.lowering.program.values[index].kind == "state"
+
+    def quantized_cache(
+        self, node: Node, place: Mapping[str, int], sizes: Mapping[str, int]
+    ) -> tuple[QuantizedTensor, dict[int, Tensor]]:
+        """Make a cache of codes with all its room filled."""
+        batch, length, *rest = node.tensor.shape
+        assert node.tensor.format is not None
+        room = quantize_activation(
+            self.normal((batch, CONTEXT_SIZE, *rest), sizes), node.tensor.format
+        )
+        held = bind_dim(length, dict(sizes))
+        seen = QuantizedTensor(room.codes[:, :held], room.scale[:, :held], room.format)
+        return seen, {place["codes"]: room.codes, place["scale"]: room.scale}
 
     def values(self, node: Node, stored: torch.dtype, sizes: Mapping[str, int]) -> Tensor:
         """Make random values of an operand."""
@@ -188,8 +207,15 @@ class GoldenWriter:
         """Yield what each array of the result must hold, and how exactly."""
         place = self.lowering.places[node]
         if isinstance(result, QuantizedTensor):
-            yield place["codes"], result.codes, CODE_TOLERANCE
-            yield place["scale"], result.scale, FLOAT_TOLERANCE
+            for array, found, tolerance in (
+                ("codes", result.codes, CODE_TOLERANCE), ("scale", result.scale, FLOAT_TOLERANCE)
+            ):  # fmt: skip
+                index = place[array]
+                if self.lowering.program.values[index].kind == "state":
+                    room = held[index].clone()
+                    room[:, : found.shape[1]] = found
+                    found = room
+                yield index, found, tolerance
             return
         index = place["values"]
         stored = torch_dtype(self.lowering.program.values[index].dtype)

@@ -22,6 +22,7 @@ from qc.backends.triton.kernel import (
     Scratch,
     Variant,
 )
+from qc.backends.triton.storage import code_dtype
 from qc.errors import UnsupportedError
 from qc.ir import ops
 from qc.ir.graph import Graph
@@ -48,7 +49,7 @@ class GpuLowering(Lowering[Call, Launch]):
         self.converted: dict[tuple[int, torch.dtype], int] = {}
         self.calls: list[PlacedCall] = []
 
-    def quantized(self, number: int, type: TensorType) -> Place:
+    def quantized(self, name: str, type: TensorType, kind: str = "scratch") -> Place:
         """Add the codes, and the scales of the groups."""
         channels = type.shape[-1]
         assert isinstance(channels, int)
@@ -56,8 +57,8 @@ class GpuLowering(Lowering[Call, Launch]):
         groups = -(-channels // (type.format.group or channels))
         per_group = (*type.shape[:-1], groups)
         return {
-            "codes": self.add_value(f"v{number}.codes", torch.int8, type.shape, "scratch"),
-            "scale": self.add_value(f"v{number}.scale", torch.float32, per_group, "scratch"),
+            "codes": self.add_value(f"{name}.codes", code_dtype(type.format), type.shape, kind),
+            "scale": self.add_value(f"{name}.scale", torch.float32, per_group, kind),
         }
 
     def call_torch(self, node: Node) -> None:

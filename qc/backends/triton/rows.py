@@ -14,7 +14,7 @@ from qc.backends.region import RESULT, ArrayArgument, Region, Repack
 from qc.backends.triton.glue import Glue, power_of_two
 from qc.backends.triton.kernel import Call, Cells, KernelRule, Launch, Scratch, Variant
 from qc.backends.triton.rendering import ELEMENTWISE, render
-from qc.backends.triton.storage import declare_input, declare_result, is_cache
+from qc.backends.triton.storage import code_dtype, declare_input, declare_result, is_cache
 from qc.ir import ops
 from qc.ir.node import Node
 from qc.ir.types import Dim, element_count
@@ -107,14 +107,16 @@ class Row:
         rows, format = element_count(root.tensor.shape[:-1]), root.op.format
         value = self.value(root.inputs[0])
         groups = -(-self.size // (format.group or self.size))
-        codes = self.glue.pointer(ArrayArgument(RESULT, "codes", (rows, self.size)), torch.int8)
+        codes = self.glue.pointer(
+            ArrayArgument(RESULT, "codes", (rows, self.size)), code_dtype(format)
+        )
         scales = self.glue.pointer(ArrayArgument(RESULT, "scale", (rows, groups)), torch.float32)
         block = power_of_two(self.size)
         group = min(format.group or block, block)
-        limit = float(2 ** (format.bits - 1) - 1)
+        encode = self.glue.named(f"codes.to_{format.code}")
         self.glue.do(
             "single_row.quantize", codes, scales, value, self.number, self.channel, self.size,
-            block, group, limit,
+            block, group, format.limit, encode,
         )  # fmt: skip
 
     def launch(self, count: Dim) -> Launch:

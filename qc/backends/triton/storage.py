@@ -11,7 +11,7 @@ from qc.backends.triton.glue import Glue
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.node import Node
-from qc.ir.types import Dim, element_count
+from qc.ir.types import ActivationFormat, Dim, element_count
 from qc.ir.weights.weight import Weight
 
 PRODUCTS = (ops.Linear, ops.Embedding, ops.Conv2d, ops.Attention)
@@ -32,6 +32,12 @@ def stored_dtype(node: Node) -> torch.dtype:
     if kept or type.dtype != torch.float32:
         return type.dtype
     return torch.float16 if is_activation(node) else torch.float32
+
+
+def code_dtype(format: ActivationFormat) -> torch.dtype:
+    """Return the type of the codes of quantized values: floats of 8 bits are bytes, for not every
+    GPU knows them."""
+    return torch.uint8 if format.kind == "e4m3" else torch.int8
 
 
 def result_dtype(region: Region) -> torch.dtype:

@@ -14,6 +14,7 @@ from qc.backends.tvm.function import Function, build, for_each, integer, known_p
 from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.backends.tvm.linear.vectors import multiply_add
 from qc.backends.tvm.vector_math import TVM_NAMES, bind, convert
+from qc.errors import UnsupportedError
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.node import Node
@@ -154,6 +155,11 @@ def append(region: Region) -> Kernel | None:
     if not isinstance(root.op, ops.Append) or len(inner_nodes(region)) > 2:
         return None
     past, new = root.inputs
+    if past.tensor.format is not None:
+        raise UnsupportedError(
+            "keys and values are kept as codes by GPU kernels alone; on CPUs a cache is float16 or "
+            "float32"
+        )
     if not isinstance(past.op, ops.Input) or not is_plain_or_rope(new):
         return None
     if not isinstance(new.tensor.shape[3], int):

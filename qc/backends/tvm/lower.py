@@ -30,7 +30,7 @@ def lower(graph: Graph, target: Target, rules: Sequence[KernelRule]) -> Lowered[
 class NativeLowering(Lowering[Kernel, Kernel]):
     """One run of `lower`."""
 
-    def quantized(self, number: int, type: TensorType) -> Place:
+    def quantized(self, name: str, type: TensorType, kind: str = "scratch") -> Place:
         """Add the codes, and for each group the scale and the scaled sum of codes."""
         channels = type.shape[-1]
         assert isinstance(channels, int)
@@ -38,9 +38,9 @@ class NativeLowering(Lowering[Kernel, Kernel]):
         groups = -(-channels // (type.format.group or channels))
         per_group = (*type.shape[:-1], groups)
         return {
-            "codes": self.add_value(f"v{number}.codes", torch.int8, type.shape, "scratch"),
-            "scale": self.add_value(f"v{number}.scale", torch.float32, per_group, "scratch"),
-            "total": self.add_value(f"v{number}.total", torch.float32, per_group, "scratch"),
+            "codes": self.add_value(f"{name}.codes", torch.int8, type.shape, kind),
+            "scale": self.add_value(f"{name}.scale", torch.float32, per_group, kind),
+            "total": self.add_value(f"{name}.total", torch.float32, per_group, kind),
         }
 
     def add_steps(self, node: Node, key: object, found: Kernel) -> None:

@@ -381,7 +381,7 @@ def quantized_writer(
     """Declare codes, scale and total, and return what writes one row of them."""
     root = function.region.root
     assert isinstance(root.op, ops.Quantize)
-    source, limit = root.inputs[0], 2 ** (root.op.format.bits - 1) - 1
+    source, limit = root.inputs[0], int(root.op.format.limit)
     group = min(root.op.format.group or size, size)
     groups = -(-size // group)
     codes = function.declare(RESULT, "codes", "int8", (product((*leading, size)),))

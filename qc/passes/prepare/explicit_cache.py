@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -11,8 +11,9 @@ import torch
 from qc.ir import ops
 from qc.ir.graph import Graph, map_nodes
 from qc.ir.node import Node, make
+from qc.ir.quantized import QuantizedTensor, quantize_activation
 from qc.ir.rewrite import with_inputs
-from qc.ir.types import TensorType, symbol
+from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.passes.pipeline import Context, Pass
 from qc.passes.prepare.position_axes import is_positionwise, position_axis
 from qc.passes.prepare.trailing_logits import KEEP
@@ -31,21 +32,33 @@ class ExplicitCache(Pass):
 
     The graph stays as it is unless every attention is causal without a mask and nothing else
     mixes positions. Exact in float32 (with past = 0 the same, and then step by step); lossy in
-    float16: rounds keys and values to float16. Pope et al. 2022, section 3.
+    float16: rounds keys and values to float16; lossy with a `format`: rounds the keys and the
+    values of each head to codes, with a scale for each head of a token. Pope et al. 2022, section
+    3; Sheng et al. 2023 (FlexGen), section 5.
     """
 
     name: ClassVar[str] = "explicit_cache"
     dtype: torch.dtype = torch.float32
+    format: ActivationFormat | None = None
 
     @property
     def exact(self) -> bool:  # type: ignore[override]  # depends on the option
-        return self.dtype == torch.float32
+        return self.dtype == torch.float32 and self.format is None
 
     def run(self, graph: Graph, context: Context) -> Graph:
         seq = causal_length(graph)
         if seq is None or not all(can_continue(node, seq) for node in graph.nodes):
             return graph
-        return add_cache(graph, seq, self.dtype)
+        return add_cache(graph, seq, self.dtype, self.format)
+
+
+CACHES = {
+    "f32": ExplicitCache(torch.float32),
+    "f16": ExplicitCache(torch.float16),
+    "int8": ExplicitCache(format=ActivationFormat(8)),
+    "e4m3": ExplicitCache(format=ActivationFormat(8, kind="e4m3")),
+}
+"""How keys and values are kept, by name."""
 
 
 def causal_length(graph: Graph) -> sympy.Symbol | None:
@@ -87,7 +100,9 @@ def is_trailing(op: object, seq: sympy.Symbol) -> bool:
     return isinstance(op, ops.Slice) and op.start == seq - KEEP and op.stop == seq
 
 
-def add_cache(graph: Graph, seq: sympy.Symbol, dtype: torch.dtype) -> Graph:
+def add_cache(
+    graph: Graph, seq: sympy.Symbol, dtype: torch.dtype, format: ActivationFormat | None
+) -> Graph:
     """Rebuild the graph with a pair of past inputs and present outputs for every attention."""
     past: list[Node] = []
     present: dict[str, Node] = {}
@@ -95,7 +110,8 @@ def add_cache(graph: Graph, seq: sympy.Symbol, dtype: torch.dtype) -> Graph:
     def appended(name: str, new: Node) -> Node:
         batch, _, heads, dim = new.tensor.shape
         label = f"{name}_{len(present) // 2}"
-        past.append(make(ops.Input(f"past_{label}", TensorType((batch, PAST, heads, dim), dtype))))
+        type = TensorType((batch, PAST, heads, dim), dtype, format)
+        past.append(make(ops.Input(f"past_{label}", type)))
         present[f"present_{label}"] = make(ops.Append(), past[-1], new)
         return present[f"present_{label}"]
 
@@ -114,11 +130,17 @@ def add_cache(graph: Graph, seq: sympy.Symbol, dtype: torch.dtype) -> Graph:
     )
 
 
-def empty_cache(graph: Graph, batch: int) -> dict[str, torch.Tensor]:
+def empty_cache(graph: Graph, batch: int) -> dict[str, Any]:
     """Return what the past inputs of `graph` are before the first call, by label."""
     inputs = [n.op for n in graph.inputs if isinstance(n.op, ops.Input)]
     return {
-        op.label: torch.zeros(batch, 0, *op.type.shape[2:], dtype=op.type.dtype)
+        op.label: no_positions(op.type, batch)
         for op in inputs
         if op.type.rank == 4 and op.type.shape[1] == PAST
     }
+
+
+def no_positions(type: TensorType, batch: int) -> torch.Tensor | QuantizedTensor:
+    """Return a cache that holds nothing."""
+    values = torch.zeros(batch, 0, *type.shape[2:], dtype=type.dtype)
+    return values if type.format is None else quantize_activation(values, type.format)

@@ -92,6 +92,8 @@ def result_array(
     array = rubbish([bind_dim(d, dict(sizes)) for d in argument.shape], dtype)
     if call.in_place is not None:
         past = operands[call.in_place]
+        if isinstance(past, QuantizedTensor):
+            past = past.codes if argument.array == "codes" else past.scale
         array[:, : past.shape[1]] = past
     return array
 
@@ -107,7 +109,7 @@ def operand_array(
         weight = operand.op.weight
         return (repack(weight) if repack else weight.arrays()[argument.array]).contiguous()
     if isinstance(value, QuantizedTensor):
-        return value.codes if argument.array == "codes" else value.scale
+        value = value.codes if argument.array == "codes" else value.scale
     value = value.to(dtype)
     if argument.shape is None:
         return value.contiguous()

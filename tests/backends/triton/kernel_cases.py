@@ -16,6 +16,7 @@ from torch import Tensor
 from qc.ir import ops
 from qc.ir.fused import fuse
 from qc.ir.node import Node, make
+from qc.ir.quantized import quantize_activation
 from qc.ir.types import ActivationFormat, Dim, TensorType, symbol
 
 BATCH, SEQ, KEEP, PAST = (symbol(name) for name in ("batch", "seq", "keep", "past"))
@@ -64,12 +65,12 @@ def rows(make_root: Callable[..., Node], vectors: int = 1, channels: int = 56) -
     return case_of(make_root(x, *others), values, SIZES)
 
 
-def quantized_norm(group: int | None, channels: int) -> Case:
-    """A norm that ends in int8 codes."""
+def quantized_norm(group: int | None, channels: int, kind: str = "int") -> Case:
+    """A norm that ends in codes."""
 
     def root(x: Node, gain: Node) -> Node:
         norm = make(ops.RMSNorm(1e-5), x, gain)
-        return make(ops.Quantize(ActivationFormat(8, group)), norm)
+        return make(ops.Quantize(ActivationFormat(8, group, kind)), norm)
 
     return rows(root, channels=channels)
 
@@ -185,6 +186,30 @@ def appended(rotated: bool) -> Case:
     return case_of(make(ops.Append(), past, source), values, SIZES)
 
 
+def cache_type(code: str, *shape: Dim) -> TensorType:
+    """The type of a cache: "f16", or the codes of a quantized one."""
+    if code == "f16":
+        return TensorType(shape, HALF)
+    return TensorType(shape, torch.float32, ActivationFormat(8, kind=code.removesuffix("8")))
+
+
+def cache_of(type: TensorType, *shape: int) -> Any:
+    """Random values of a cache."""
+    found = torch.randn(shape) * torch.rand(*shape[:-1], 1)
+    return found.half() if type.format is None else quantize_activation(found, type.format)
+
+
+def appended_codes(code: str) -> Case:
+    """Rotated keys behind quantized ones."""
+    type = cache_type(code, BATCH, PAST, 3, 14)
+    past, new = make(ops.Input("past", type)), value("new", BATCH, SEQ, 3, 14)
+    source, tables = rotation(new, 14)
+    new_values = torch.randn(2, 3, 3, 14)
+    new_values[0, 1, 2] = 0.0  # a head without a scale
+    values = {past: cache_of(type, 2, 5, 3, 14), new: new_values, **tables}
+    return case_of(make(ops.Append(), past, source), values, SIZES)
+
+
 def rope() -> Case:
     """A rotation alone, of some of the channels, with tables for each sequence."""
     x = value("x", BATCH, SEQ, 3, 20)
@@ -200,6 +225,7 @@ def attention(
     rotated: bool = True,
     mask: torch.dtype | None = None,
     cached: bool = True,
+    code: str = "f16",
     **options: Any,
 ) -> Case:
     """An attention of `seq` queries; `cached`: to keys and values in a cache with `past` more."""
@@ -208,14 +234,15 @@ def attention(
     new = value("new", BATCH, SEQ, few, 14)
     k, v = (value(name, BATCH, SEQ, few, 14) for name in ("k", "v"))
     if cached:
-        pasts = [value(name, BATCH, PAST, few, 14, dtype=HALF) for name in ("pk", "pv")]
+        type = cache_type(code, BATCH, PAST, few, 14)
+        pasts = [make(ops.Input(name, type)) for name in ("pk", "pv")]
         k, v = (make(ops.Append(), each, new) for each in pasts)
     cos, sin = (value(name, 1, SEQ, 14) for name in ("cos", "sin"))
     angle = 6 * torch.rand(1, seq, 14)
     values = {
         q: torch.randn(2, seq, many, 14), cos: angle.cos(), sin: angle.sin(),
-        k: torch.randn(2, total, few, 14).to(k.tensor.dtype),
-        v: torch.randn(2, total, few, 14).to(v.tensor.dtype),
+        k: cache_of(k.tensor, 2, total, few, 14) if cached else torch.randn(2, total, few, 14),
+        v: cache_of(v.tensor, 2, total, few, 14) if cached else torch.randn(2, total, few, 14),
     }  # fmt: skip
     masks = []
     if mask == torch.bool:
@@ -258,6 +285,13 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"gated {kind}": partial(gated, kind) for kind in ops.GATES},
     "append": partial(appended, False),
     "append rotated": partial(appended, True),
+    "append int8": partial(appended_codes, "int8"),
+    "append e4m3": partial(appended_codes, "e4m3"),
+    "decode int8": partial(attention, 1, 100, causal=True, code="int8"),
+    "decode e4m3": partial(attention, 2, 70, causal=True, code="e4m3"),
+    "prefill int8": partial(attention, 70, 9, causal=True, code="int8"),
+    "prefill e4m3": partial(attention, 70, 9, causal=True, code="e4m3"),
+    "quantize to e4m3": partial(quantized_norm, None, 56, "e4m3"),
     "rope": rope,
     "decode": partial(attention, 1, 100, causal=True),
     "decode, first token": partial(attention, 1, 0, causal=True),

@@ -43,8 +43,8 @@ def test_a_kernel_computes_what_its_body_means(errors: dict[str, float], name: s
     assert errors[name] <= (HALVES if halves else EXACT)
 
 
-def check_model(folder: Path, recipe: str, bound: float) -> None:
-    found = interpret("model", recipe, str(folder))
+def check_model(folder: Path, recipe: str, bound: float, *cache: str) -> None:
+    found = interpret("model", recipe, str(folder), *cache)
     golden = {name: error for name, error in found.items() if name.startswith("golden")}
     assert len(golden) > 15
     assert {name: error for name, error in golden.items() if not error <= 1} == {}
@@ -62,3 +62,13 @@ def test_int8_activations_compute_what_the_graph_means(
 ) -> None:
     # A code on the other side of a border is off by one in 127: decision 008.
     check_model(llama_folder(tmp_path_factory.getbasetemp()), "w4", 2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["int8", "e4m3"])
+def test_caches_of_codes_compute_what_the_graph_means(
+    tmp_path_factory: pytest.TempPathFactory, cache: str
+) -> None:
+    # A code on the other side of a border: 1/127 of a head's largest value, 1/16 of its own.
+    bound = {"int8": 1e-2, "e4m3": 3e-2}[cache]
+    check_model(llama_folder(tmp_path_factory.getbasetemp()), "w4a16", bound, cache)

@@ -130,14 +130,16 @@ def boolean_mask(scores, mask, batch, head, token, key, exists, b, h, s, k):
 
 @triton.jit
 def attend(
-    rows, k, v, mask, masking: tl.constexpr, batch, head, kv_head, token, exists,
-    seq, total, room, start, stop, b, h, s, t,
+    rows, k, v, k_scale, v_scale, decode: tl.constexpr, mask, masking: tl.constexpr,
+    batch, head, kv_head, token, exists, seq, total, room, start, stop, b, h, s, t,
     KV: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     CHANNELS: tl.constexpr, CHANNELS_V: tl.constexpr, BLOCK: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attend from some rows of queries to the positions start..stop. Return the weighted values,
-    the largest scores and the sums. WINDOW or SOFTCAP of 0: none."""
+    the largest scores and the sums. WINDOW or SOFTCAP of 0: none. Where UNIT is not 0, keys and
+    values are codes, which `decode` divides by it, with scales [batch, room, KV]."""
     ROWS: tl.constexpr = rows.shape[0]
     channel = tl.arange(0, CHANNELS)[:, None]
     channel_v = tl.arange(0, CHANNELS_V)[None, :]
@@ -150,8 +152,11 @@ def attend(
         key = position + tl.arange(0, BLOCK)
         at = ((base + key) * KV + kv_head) * DIM
         filled = (key < stop)[None, :] & (channel < DIM)
-        keys = tl.load(k + at[None, :] + channel, mask=filled, other=0).to(tl.float16)
+        keys = decode(tl.load(k + at[None, :] + channel, mask=filled, other=0))
         scores = tl.dot(rows, keys) * SCALE
+        if UNIT != 0:
+            scale_at = (base + key) * KV + kv_head
+            scores *= tl.load(k_scale + scale_at, mask=key < stop, other=0.0)[None, :] * UNIT
         if SOFTCAP != 0:
             scores = tanh(scores * (1.0 / SOFTCAP)) * SOFTCAP
         along = key[None, :]
@@ -168,7 +173,10 @@ def attend(
         sums = sums * correction + tl.sum(powers, 1)
         at_v = ((base + key) * KV + kv_head) * DIM_V
         filled_v = (key < stop)[:, None] & (channel_v < DIM_V)
-        found = tl.load(v + at_v[:, None] + channel_v, mask=filled_v, other=0).to(tl.float16)
+        found = decode(tl.load(v + at_v[:, None] + channel_v, mask=filled_v, other=0))
+        if UNIT != 0:
+            scale_v = tl.load(v_scale + scale_at, mask=key < stop, other=0.0) * UNIT
+            found = (found.to(tl.float32) * scale_v[:, None]).to(tl.float16)
         values = values * correction[:, None] + tl.dot(powers.to(tl.float16), found)
         largest = highest
     return values, largest, sums

@@ -68,3 +68,20 @@ def append(
     place = (token // seq).to(tl.int64) * context + past + token % seq
     at = cache + place * (NUMBER * DIM) + head * DIM + channel
     tl.store(at, value.to(cache.dtype.element_ty), mask=(head < NUMBER) & (channel < DIM))
+
+
+@triton.jit
+def append_codes(
+    codes, scales, encode: tl.constexpr, token, seq, past, context, head, channel, value,
+    NUMBER: tl.constexpr, DIM: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Write the heads of a token behind the past as codes with a scale a head: codes
+    [batch, context, NUMBER, DIM], scales [batch, context, NUMBER]."""
+    place = (token // seq).to(tl.int64) * context + past + token % seq
+    largest = tl.max(tl.abs(tl.where(channel < DIM, value, 0.0)), 1)[:, None]
+    inverse = tl.where(largest > 0, LIMIT / tl.where(largest > 0, largest, 1.0), 0.0)
+    inside = head < NUMBER
+    at = codes + place * (NUMBER * DIM) + head * DIM + channel
+    scaled = tl.minimum(tl.maximum(value * inverse, -LIMIT), LIMIT)
+    tl.store(at, encode(scaled), mask=inside & (channel < DIM))
+    tl.store(scales + place * NUMBER + head, largest * (1.0 / LIMIT), mask=inside)

@@ -6,7 +6,7 @@ Channels beyond are 0 when a row is loaded; what is computed there is never stor
 import triton
 import triton.language as tl
 
-from qc.backends.triton.device.constants import LOWEST, ROUND
+from qc.backends.triton.device.constants import LOWEST
 
 
 @triton.jit
@@ -102,16 +102,16 @@ def softmax(x, channel, SIZE: tl.constexpr):
 def quantize(
     codes, scales, x, row, channel,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr,
+    encode: tl.constexpr,
 ):  # fmt: skip
-    """Store round(x / scale) and scale = max |x| / LIMIT for each GROUP of channels."""
+    """Store encode(x / scale) and scale = max |x| / LIMIT for each GROUP of channels."""
     GROUPS: tl.constexpr = BLOCK // GROUP
     STORED: tl.constexpr = (SIZE + GROUP - 1) // GROUP
     groups = tl.reshape(existing(x, channel, SIZE, 0.0), (GROUPS, GROUP))
     largest = tl.max(tl.abs(groups), 1)
     inverse = tl.where(largest > 0, LIMIT / tl.where(largest > 0, largest, 1.0), 0.0)
     scaled = groups * inverse[:, None]
-    rounded = tl.minimum(tl.maximum((scaled + ROUND) - ROUND, -LIMIT), LIMIT)
-    flat = tl.reshape(rounded, (BLOCK,)).to(tl.int8)
+    flat = encode(tl.reshape(tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT), (BLOCK,)))
     tl.store(codes + row.to(tl.int64) * SIZE + channel, flat, mask=channel < SIZE)
     group = tl.arange(0, GROUPS)
     tl.store(scales + row * STORED + group, largest * (1.0 / LIMIT), mask=group < STORED)

@@ -199,9 +199,10 @@ class Coded(Term):
         if key not in loop.known:
             sizes = f"{blocks}, {bits}, {steps}"
             if loop.registers:
-                loop.known[key] = loop.codes_ahead(emission, name, start, sizes)
+                loop.known[key] = loop.codes_ahead(emission, name, start, 256 // bits, sizes)
             else:
-                at = f"{loop.at(start)}, {sizes}, BN, {loop.lanes}"
+                here = loop.stored_at(loop.at(start), 256 // bits)
+                at = f"{here}, {sizes}, BN, {loop.lanes}"
                 loop.known[key] = emission.bind(f"fragments.load({name}, {loop.block}, {at})")
         return loop.known[key]
 

@@ -86,8 +86,9 @@ class Int8Coded(Coded):
         at = start // columns * columns
         key = f"{name} from {at}"
         if key not in loop.known:
+            here = loop.stored_at(loop.at(at), columns)
             size = f"{blocks}, {stream.bits}, {steps}, BN"
-            loaded = emission.bind(f"int8.load({name}, {loop.block}, {loop.at(at)}, {size})")
+            loaded = emission.bind(f"int8.load({name}, {loop.block}, {here}, {size})")
             four = stream.bits == 4
             loop.known[key] = emission.bind(f"int8.unpack({loaded})") if four else loaded
         codes = loop.known[key]

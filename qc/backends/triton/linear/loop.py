@@ -114,6 +114,12 @@ class Loop:
         """Return channel `start` of the step."""
         return f"k + {start}" if start else "k"
 
+    def stored_at(self, at: str, columns: int) -> str:
+        """Return a channel of a step as the place of `columns` stored codes: the last ones where a
+        step is longer than what is left, for x is 0 there."""
+        last = (-(-self.channels // columns) - 1) * columns
+        return at if self.even else f"tl.minimum({at}, {last})"
+
     def x(self, start: int) -> str:
         """Return the tile of x from channel `start` of the step on."""
         return self.tiles[start // self.unit]
@@ -137,11 +143,16 @@ class Loop:
         after = call.format(self.group("step + 1", size, number, False))
         return self.carried(emission, first, after)
 
-    def codes_ahead(self, emission: Emission, name: str, start: int, sizes: str) -> str:
+    def codes_ahead(
+        self, emission: Emission, name: str, start: int, columns: int, sizes: str
+    ) -> str:
         """Write the loads of the words of a plane from channel `start` of a step on: in registers,
         a step ahead."""
         sizes = f"{sizes}, BN, {self.lanes}"
-        at, after = (f"({step}) * {self.width} + {start}" for step in (self.first, "step + 1"))
+        at, after = (
+            self.stored_at(f"({step}) * {self.width} + {start}", columns)
+            for step in (self.first, "step + 1")
+        )
         stop = f"({self.last}) * {self.width}"
         return self.carried(
             emission,
@@ -177,12 +188,14 @@ class Loop:
 def emit_loop(
     emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int,
     begin: Sequence[str] = (), lanes: int = 1, registers: bool = False, outer: int = 0,
+    unit: int | None = None,
 ) -> None:  # fmt: skip
     """Write the loop over all channels, or over this program's part of them; `least` channels a
-    step where there are so many. `begin` are statements that stand in front of it, and behind what
-    needs nothing of other launches."""
+    step where there are so many, `unit` at once, or what suits all terms. `begin` are statements
+    that stand in front of it, and behind what needs nothing of other launches."""
     width = step_width(source.channels // lanes, [term for _, term in terms], least)
-    loop = Loop(source, width, min(term.unit for _, term in terms), lanes, registers)
+    unit = unit or min(term.unit for _, term in terms)
+    loop = Loop(source, width, unit, lanes, registers)
     if parts > 1:
         each = -(-loop.steps // parts)
         loop.first = f"part * {each}"

@@ -20,7 +20,7 @@ from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.stages import TILE_OF_CHAIN, EntriesOf, Stages, Step
-from qc.backends.triton.linear.tiles import Tiling
+from qc.backends.triton.linear.tiles import LARGEST, Tiling
 from qc.ir.types import Dim, as_dim
 
 DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "int8", "lanes", "products")
@@ -29,7 +29,6 @@ BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
 or more would send Triton through tensor memory on Blackwell. Listed entries are not multiplied by
 tensor cores: a sum that has them has a bucket of its own for one row."""
-LARGEST_TILE = 64
 LEAST_COPIED = 512
 """Bytes of x that 128 threads copy at once, at least: asynchronous copies take 4 a thread."""
 MOST_PARTS = 8
@@ -113,7 +112,7 @@ class LinearLaunches:
         """Plan the terms of all weights."""
         linear, gpu = self.linear, self.linear.region.target.gpu
         bytes = bool(planned.FAST_RULES) and gpu is not None and "int8" in gpu.products
-        rows = min(LARGEST_TILE, self.bucket or LARGEST_TILE)
+        rows = min(LARGEST, self.bucket or LARGEST)
         stages = Stages(self.rows, rows, bytes)
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
@@ -293,7 +292,7 @@ class LinearLaunches:
         begin = [f"{acc} = products.zeros({size})" for acc in self.accs]
         emit_loop(
             emission, source, looped, parts, tiling.width, begin, lanes, tiling.registers,
-            self.linear.outer,
+            self.linear.outer, tiling.unit,
         )  # fmt: skip
         if lanes > 1:
             for acc in self.accs:
@@ -339,8 +338,8 @@ class LinearLaunches:
 
     def tiling(self, terms: list[Term], multiple: int, source: Source | None = None) -> Tiling:
         """Choose the tile of a launch; `source` is what the main loop multiplies."""
-        rows = LARGEST_TILE if self.bucket is None else self.bucket * multiple
-        rows = min(LARGEST_TILE, 1 << (rows - 1).bit_length())
+        rows = LARGEST if self.bucket is None else self.bucket * multiple
+        rows = min(LARGEST, 1 << (rows - 1).bit_length())
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
         bytes = any(isinstance(term, Int8Coded) for term in terms)
@@ -354,7 +353,12 @@ class LinearLaunches:
         group = min(term.group for term in terms if isinstance(term, Coded))
         architectures = gpu.architectures if gpu else ()
         found = tiles.coded_tilings(
-            rows, self.linear.outer, source.channels, bits, group, architectures
+            tiles.MANY if self.bucket is None and len(terms) == 1 else rows,
+            self.linear.outer,
+            source.channels,
+            bits,
+            group,
+            architectures,
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))

@@ -24,10 +24,14 @@ class Tiling:
     """Registers of a thread: so few that programs of several outputs run side by side."""
     parts: int | None = None
     """Among how many programs the channels are split, where that is no question of the shape."""
+    unit: int | None = None
+    """Channels that are multiplied at once where groups have so many; None: what terms like."""
 
 
 MANY_OUTPUTS = 8192
 """Outputs from which on tiles of 64 are as many programs as multiprocessors."""
+LARGEST, MANY = 64, 128
+"""Rows of a tile where nothing else was measured, and where there is any number of them."""
 MEASURED, NARROW = "sm_90", "sm_100"
 """The architecture that these were measured on, and one that sends products of 8 columns or more
 through tensor memory: what is for it, too, keeps the tiles that it was written for."""
@@ -44,13 +48,20 @@ def coded_tilings(
             if bits == 4 or outer <= inner:
                 yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
             yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
-        if rows <= 16 and bits == 4:
+        if rows > LARGEST and bits == 4:
+            wide = outer >= MANY_OUTPUTS and group >= MANY
+            yield (
+                Tiling(64, rows, 4, 3, 128, unit=MANY)
+                if wide
+                else Tiling(64, LARGEST, 4, 3, 256, registers=True)
+            )
+        elif rows <= 16 and bits == 4:
             yield Tiling(64, 16, 4, 3, 256, registers=True)  # 16 columns cost less than 4
         elif bits == 4 and inner > outer and rows > 32:
             yield Tiling(128, rows, 8, 3, 128, registers=True)
         elif bits == 4:
             yield Tiling(64, rows, 4, 3, 256 if outer >= MANY_OUTPUTS else 128, registers=True)
-    yield Tiling(64, rows, 4, 3, 256 if rows <= 16 else 128)
+    yield Tiling(64, min(rows, LARGEST), 4, 3, 256 if rows <= 16 else 128)
 
 
 def few_rows(rows: int, outer: int, inner: int, at_once: bool) -> Iterator[Tiling]:
