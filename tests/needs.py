@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -81,6 +82,10 @@ def _llvm_mca() -> str | None:
     return None if known else f"llvm-mca is not of LLVM {LLVM_MCA}"
 
 
+def _diffusers() -> str | None:
+    return None if importlib.util.find_spec("diffusers") else "diffusers is not installed"
+
+
 LACKS: dict[str, Callable[[], str | None]] = {
     "model": _model,
     "cuda": _cuda,
@@ -89,4 +94,5 @@ LACKS: dict[str, Callable[[], str | None]] = {
     "qemu": _qemu,
     "llvm-mca": _llvm_mca,
     "arm compiler": _arm_compiler,
+    "diffusers": _diffusers,
 }

@@ -112,9 +112,10 @@ def summed_up(
     ]
     inputs = account.inputs()
     tokens = max(len(x) for x in inputs.values())
-    ids = first_tokens(account.calibration, options.divergence_tokens)
+    wanted = options.divergence_tokens if "logits" in original.output_names else 0
+    ids = first_tokens(account.calibration, wanted)
     whole = None
-    if len(ids) and "logits" in original.output_names:
+    if len(ids):
         pairs = [(kept[layer.name], stored[layer.name]) for layer in layers]
         layers = with_divergences(account.reference, ids, pairs, layers, context.progress)
         whole = whole_divergence(original, final, ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -119,12 +119,19 @@ def without_cache(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in takes else {}
 
 
-def dynamic_axes(value: Any) -> Any:
-    """Say which axes of an example vary: the first, and the second of token ids."""
+def batch_of(values: Iterable[Any]) -> int | None:
+    """Return the size of the batch in example inputs: the first axis of the first of several."""
+    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim > 1), None)
+
+
+def dynamic_axes(value: Any, batch: int | None = None) -> Any:
+    """Say which axes of an example vary: the first, and the second of token ids. A vector varies
+    where it has an element for each row of the batch, as time steps and classes have."""
     if not isinstance(value, Tensor):
-        return None if not isinstance(value, list | tuple) else [dynamic_axes(v) for v in value]
+        several = isinstance(value, list | tuple)
+        return [dynamic_axes(v, batch) for v in value] if several else None
     if value.ndim < 2:
-        return {}
+        return {0: Dim.AUTO} if value.ndim and len(value) == batch else {}
     if value.ndim == 2 and not value.is_floating_point():
         return {0: Dim.AUTO, 1: Dim.AUTO}
     return {0: Dim.AUTO}
@@ -195,7 +202,8 @@ def export(
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """Run torch.export; ModelError where it fails."""
     shapes = {**named_arguments(model, args), **kwargs}
-    dynamic = {name: dynamic_axes(value) for name, value in shapes.items()}
+    batch = batch_of(shapes.values())
+    dynamic = {name: dynamic_axes(value, batch) for name, value in shapes.items()}
     try:
         with torch.no_grad(), lean_tracing():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from qc.cli import main
 from qc.errors import FormatError
 from qc.passes.calibration import Calibration
 from qc.stages import CapturedModel, QuantizedModel
+from tests.backends.triton.test_artifact import check_compiled, lowering_of
+from tests.backends.triton.test_kernels import MODEL, interpret
 from tests.comparison import assert_close
 from tests.families import model_of
 from tests.passes.calibration.tiny import LENGTH, token_sequences
@@ -52,6 +55,32 @@ def test_the_artifact_computes_what_the_quantized_graph_means(
     summary = artifact.report().to_dict()["summary"]
     stored = sum(weight_bytes(p) for p in quantized.graph.parameters if p.tensor.rank == 2)
     assert summary["linear_bytes"] + summary["table_bytes"] == stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SIZES)
+def test_the_gpu_form_computes_what_the_quantized_graph_means(
+    tmp_path_factory: pytest.TempPathFactory, recipe: str
+) -> None:
+    """In Triton's interpreter: every kernel on known inputs, a prompt, tokens one by one."""
+    folder = llama_folder(tmp_path_factory.getbasetemp())
+    found = interpret("calibrated", recipe, str(folder), json.dumps(SIZES[recipe]))
+    golden = {name: error for name, error in found.items() if name.startswith("golden")}
+    assert len(golden) > 15
+    assert {name: error for name, error in golden.items() if not error <= 1} == {}
+    assert max(found["prompt"], found["steps"]) <= MODEL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SIZES)
+def test_the_gpu_form_is_machine_code(captured: CapturedModel, recipe: str, tmp_path: Path) -> None:
+    """No registers spilled, shared memory that the GPU has, parameters as they are passed."""
+    data = Calibration(TEXT, num_calibration_samples=4, max_seq_length=32)
+    quantized = captured.quantize(recipe, calibration=data, **SIZES[recipe])
+    lowering = lowering_of(quantized.graph, "cuda:sm_90")
+    for name, launch in lowering.program.kernels.items():
+        if not name.startswith("attention"):  # no recipe's, and heads of 14 channels spill there
+            check_compiled(launch, "sm_90", tmp_path)
 
 
 def test_data_changes_what_w4_does(captured: CapturedModel) -> None:

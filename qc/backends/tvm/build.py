@@ -24,9 +24,12 @@ from qc.runtime.manifest import LIBRARY
 from qc.runtime.package import ArtifactWriter
 
 Progress = Callable[[str, float], None]
-UNNEEDED_PASSES = ["s_tir.CompactBufferAllocation"]
+UNNEEDED_PASSES = ("s_tir.CompactBufferAllocation",)
 """Shrinks buffers to what a schedule leaves of them. The rules allocate what they need, and the
 pass took a fifth of the compile time."""
+CSE = "tirx.CommonSubexprElim"
+"""Breaks kernels that choose between values, each with subexpressions of its own: TVM 0.27 reads a
+common one in front of where it binds it. LLVM finds what is common there, too."""
 PARTS = 4
 """Modules that the kernels of a program are compiled in."""
 NATIVE = Path(qc.runtime.__file__).parent / "native"
@@ -40,14 +43,21 @@ def llvm_target(target: Target) -> Any:
     return tvm.target.Target(described)
 
 
-def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
+def compile_kernels(
+    kernels: Mapping[str, Kernel], target: Target, disabled: Sequence[str] = UNNEEDED_PASSES
+) -> Any:
     """Compile all kernels to one TVM module, with their names as symbols."""
     functions = {
         name: kernel.function.with_attr("global_symbol", name) for name, kernel in kernels.items()
     }
     module = tvm.IRModule(functions).with_attr("system_lib_prefix", "qc_")
-    with tvm.transform.PassContext(disabled_pass=UNNEEDED_PASSES):
+    with tvm.transform.PassContext(disabled_pass=list(disabled)):
         return tvm.compile(module, target=llvm_target(target)).mod
+
+
+def chooses(source: str) -> bool:
+    """Say whether a kernel chooses between values that are computed in several steps."""
+    return "T.if_then_else(" in source and "T.Let(" in source
 
 
 def compile_objects(kernels: Mapping[str, Kernel], target: Target, folder: Path) -> list[Path]:
@@ -56,10 +66,14 @@ def compile_objects(kernels: Mapping[str, Kernel], target: Target, folder: Path)
     def compile_part(number: int, names: list[str]) -> Path:
         path = folder / f"kernels{number}.o"
         part = {name: kernels[name] for name in names}
-        compile_kernels(part, target).write_to_file(str(path), "o")
+        disabled = [*UNNEEDED_PASSES, *([CSE] if names is apart else [])]
+        compile_kernels(part, target, disabled).write_to_file(str(path), "o")
         return path
 
-    parts = equal_parts({name: len(k.function.script()) for name, k in kernels.items()})
+    sources = {name: kernel.function.script() for name, kernel in kernels.items()}
+    apart = [name for name, source in sources.items() if chooses(source)]
+    parts = equal_parts({name: len(text) for name, text in sources.items() if name not in apart})
+    parts += [apart] if apart else []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(compile_part, range(len(parts)), parts))
 

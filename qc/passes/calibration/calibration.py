@@ -18,11 +18,12 @@ from qc.errors import InputError, QcError
 from qc.ir import ops
 from qc.ir.device import parse_device
 from qc.ir.graph import Graph
+from qc.ir.meaning import bind_symbols
 from qc.ir.node import Node
 from qc.ir.weights.weight import Weight
 from qc.passes.calibration.checkpoint import Checkpoint
 from qc.passes.calibration.coverage import Coverage
-from qc.passes.calibration.data import Encode, batched, read_sequences
+from qc.passes.calibration.data import Encode, Inputs, batched, read_data
 from qc.passes.calibration.fisher import Gradients, squared_gradients
 from qc.passes.calibration.generate import write_sequences
 from qc.passes.calibration.schedule import LinearGroup, Step, linear_groups, plan_steps
@@ -45,10 +46,11 @@ class Calibration:
     """Data, and how much of it: `num_calibration_samples` sequences of `max_seq_length` tokens.
 
     `data` is "self" (the model writes its own text, drawn with `seed`), texts, token ids, a .txt or
-    .jsonl file, or anything that yields texts, token ids or records. Sequences are taken from the
-    front of the data. `device` is where the model runs over them: "cpu", "cuda", "cuda:1", or
-    "auto", a GPU where torch has one. `bound` adds what only a model can say: how to tokenize, how
-    to write.
+    .jsonl file, or anything that yields texts, token ids or records. Models that read no tokens
+    take records of their inputs by name, `{"pixel_values": tensor}`: one row of a batch is one
+    sample. Data is taken from the front. `device` is where the model runs over it: "cpu", "cuda",
+    "cuda:1", or "auto", a GPU where torch has one. `bound` adds what only a model can say: how to
+    tokenize, how to write.
     """
 
     data: Any = SELF
@@ -61,7 +63,7 @@ class Calibration:
     start: int | None = field(default=None, repr=False)
     checkpoint: Checkpoint | None = field(default=None, repr=False)
     coverage: dict[str, Coverage] = field(default_factory=dict, repr=False)
-    drawn: list[Tensor] = field(default_factory=list, repr=False)
+    drawn: list[Tensor | Inputs] = field(default_factory=list, repr=False)
     memory: WeakKeyDictionary[Node, dict[Statistic, Any]] = field(
         default_factory=WeakKeyDictionary, repr=False
     )
@@ -90,27 +92,50 @@ class Calibration:
             coverage={}, memory=WeakKeyDictionary(), felt={},
         )  # fmt: skip
 
-    def sequences(self) -> list[Tensor]:
-        """Return the token sequences, read or written when they are first needed."""
+    def samples(self) -> list[Tensor | Inputs]:
+        """Return the data, read or written when it is first needed: sequences of tokens, or records
+        of inputs."""
         if not self.drawn:
             count, length = self.num_calibration_samples, self.max_seq_length
             if isinstance(self.data, str) and self.data == SELF:
                 if self.write is None:
                     raise QcError("the model writes its own text only where there is a model")
-                found = write_sequences(
-                    self.write, self.start, count, length, self.seed, self.place
+                self.drawn.extend(
+                    write_sequences(self.write, self.start, count, length, self.seed, self.place)
                 )
             else:
-                found = read_sequences(self.data, self.encode, count, length)
-            self.drawn.extend(found)
+                self.drawn.extend(read_data(self.data, self.encode, count, length))
         return self.drawn
 
+    def sequences(self) -> list[Tensor]:
+        """Return the data where it is sequences of tokens; InputError where it is not."""
+        found = [each for each in self.samples() if isinstance(each, Tensor)]
+        if len(found) < len(self.samples()):
+            raise InputError(
+                "this needs sequences of tokens to predict the next of, not inputs by name"
+            )
+        return found
+
     def tokens(self) -> int:
-        """Count the tokens of all sequences."""
-        return sum(len(each) for each in self.sequences())
+        """Count the tokens of all sequences; of inputs by name, the rows."""
+        return sum(
+            len(each if isinstance(each, Tensor) else next(iter(each.values())))
+            for each in self.samples()
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that the data holds, in one order."""
+        return [
+            tensor
+            for each in self.samples()
+            for tensor in ([each] if isinstance(each, Tensor) else [each[k] for k in sorted(each)])
+        ]
 
     def batches(self, graph: Graph) -> list[Batch]:
-        """Return the inputs of a graph for all sequences; caches are empty."""
+        """Return the inputs of a graph for all data; caches are empty."""
+        named = [each for each in self.samples() if not isinstance(each, Tensor)]
+        if named:
+            return [named_inputs(graph, each) for each in named]
         return [inputs_of(graph, ids) for ids in batched(self.sequences())]
 
     # ------------------------------------------------------------ analyses
@@ -215,6 +240,25 @@ class Calibration:
         return stored
 
 
+def named_inputs(graph: Graph, given: Inputs) -> dict[str, Tensor]:
+    """Return the inputs of a graph from values by name; InputError for one that is missing."""
+    values: dict[str, Tensor] = {}
+    for node in graph.inputs:
+        assert isinstance(node.op, ops.Input)
+        type, label = node.op.type, node.op.label
+        if label not in given:
+            names = ", ".join(given)
+            raise InputError(
+                f"input {label} ({type}) is missing in a calibration record of {names}"
+            )
+        values[label] = given[label].to(type.dtype)
+    try:
+        bind_symbols(graph.inputs, values)
+    except ValueError as error:
+        raise InputError(f"a calibration record does not fit the model: {error}") from None
+    return values
+
+
 def inputs_of(graph: Graph, ids: Tensor) -> dict[str, Tensor]:
     """Return the inputs of a graph for a batch of token ids: the first table of integers is the
     ids, masks see everything, other integers are 0, caches are empty."""
@@ -227,7 +271,8 @@ def inputs_of(graph: Graph, ids: Tensor) -> dict[str, Tensor]:
             values[label] = torch.zeros(len(ids), 0, *type.shape[2:], dtype=type.dtype)
         elif type.rank != 2:
             raise InputError(
-                f"input {label} is {type}: calibration on tokens knows ids, masks and caches"
+                f"input {label} is {type}: calibration on tokens knows ids, masks and caches; "
+                "give records of tensors by the names of the inputs"
             )
         elif "mask" in label:
             values[label] = torch.ones(ids.shape, dtype=type.dtype)

@@ -1,4 +1,5 @@
-"""Calibration data: texts, token ids, files, data sets; cut into sequences of tokens."""
+"""Calibration data: texts, token ids, files, data sets, cut into sequences of tokens; and inputs by
+name for models that read no tokens."""
 
 from __future__ import annotations
 
@@ -23,17 +24,51 @@ TEXT_FIELDS = ("text", "content", "extract")
 TOKEN_FIELDS = ("input_ids", "tokens")
 
 
-def read_sequences(data: Any, encode: Encode | None, count: int, length: int) -> list[Tensor]:
-    """Return at most `count` sequences i64[<= length], the first of the data, in their order.
+Inputs = Mapping[str, Tensor]
+"""Values of a model's inputs by name, with a batch axis in front."""
+
+
+def read_data(data: Any, encode: Encode | None, count: int, length: int) -> list[Tensor | Inputs]:
+    """Return at most `count` sequences i64[<= length], or records of inputs with at most so many
+    rows, the first of the data, in their order.
 
     Texts are joined by one blank line and tokenized as one stream, which is cut without overlap;
     a rest shorter than a sequence is used only where there is nothing else. Token ids stay the
     sequences that they are, cut at `length`. InputError where there is nothing to read.
     """
-    found = list(sequences_of(entries(data), encode, count, length))[:count]
+    items = list(entries(data))
+    if items and all(is_inputs(item) for item in items):
+        return list(first_rows(items, count))
+    found = list(sequences_of(items, encode, count, length))[:count]
     if not found:
         raise InputError("the calibration data holds no text and no tokens")
-    return found
+    return list(found)
+
+
+def is_inputs(item: Any) -> bool:
+    """Say whether an item is a record of tensors by name, and neither a text nor token ids."""
+    fields = (*TEXT_FIELDS, *TOKEN_FIELDS)
+    return (
+        isinstance(item, Mapping)
+        and bool(item)
+        and not any(field in item for field in fields)
+        and all(isinstance(value, Tensor) and value.ndim for value in item.values())
+    )
+
+
+def first_rows(records: Iterable[Inputs], count: int) -> Iterator[Inputs]:
+    """Yield records until there are `count` rows; the last may lose some of its own."""
+    left = count
+    for record in records:
+        rows = {name: len(value) for name, value in record.items()}
+        if len(set(rows.values())) > 1:
+            raise InputError(
+                "a calibration record holds inputs with one batch axis in front, of one size, "
+                f"not of {', '.join(f'{size} ({name})' for name, size in rows.items())}"
+            )
+        if left > 0:
+            yield {name: value[:left] for name, value in record.items()}
+        left -= next(iter(rows.values()))
 
 
 def sequences_of(
@@ -50,8 +85,8 @@ def sequences_of(
         else:
             fields = " or ".join((*TEXT_FIELDS, *TOKEN_FIELDS))
             raise InputError(
-                f"a calibration item is a text, token ids, or a record with {fields}, "
-                f"not {describe(item)}"
+                f"a calibration item is a text, token ids, a record with {fields}, or a record of "
+                f"tensors by the names of the model's inputs, not {describe(item)}"
             )
     if texts:
         yield from cut(tokenized("\n\n".join(texts), encode), count, length)

@@ -1,7 +1,7 @@
 """Which linears a pass works on: selectors, each of which must match something.
 
 linears              all of them
-head                 those whose result is an output of the graph, such as the logits
+head                 those whose result is an output of the graph, such as the logits or an image
 model.layers.*.mlp   a path in the user's model, or a part of one with * and ?
 re:.*(up|gate).*     a regular expression, found anywhere in the path
 
@@ -125,7 +125,7 @@ def matches(graph: Graph, selector: str, linear: Node) -> bool:
     if selector == "linears":
         return True
     if selector == "head":
-        return linear in graph.outputs
+        return is_head(graph, linear)
     return names_path(selector, path)
 
 
@@ -137,5 +137,12 @@ def names_path(selector: str, path: str) -> bool:
 
 
 def is_head(graph: Graph, linear: Node) -> bool:
-    """Say whether the result of a linear is an output of the graph."""
-    return linear in graph.outputs
+    """Say whether the result of a linear is an output of the graph, where its elements may have
+    been moved: patches are put together to an image."""
+    value = linear
+    while value not in graph.outputs:
+        users = graph.users[value]
+        if len(users) != 1 or not isinstance(users[0].op, ops.Reshape | ops.Permute):
+            return False
+        value = users[0]
+    return True

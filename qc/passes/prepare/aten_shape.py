@@ -40,6 +40,16 @@ def transpose(call: Call, first: int | None = None, second: int | None = None) -
     return call.make(ops.Permute(tuple(order)), x)
 
 
+def einsum(call: Call) -> Node | None:
+    """`einsum("nhwpqc->nchpwq", [x]) --> permute(x, [0, 5, 1, 3, 2, 4])`, where axes only move."""
+    operands = call.tensors("tensors")
+    read, _, written = call["equation"].replace(" ", "").partition("->")
+    moves = len(operands) == 1 and len(set(read)) == len(read) and sorted(read) == sorted(written)
+    if not moves or "." in read:
+        return None
+    return call.make(ops.Permute(tuple(read.index(axis) for axis in written)), operands[0])
+
+
 def slice_axis(call: Call) -> Node | None:
     """`slice(x, 1, 0, 9223372036854775807) --> slice(x, axis=1, 0:seq)`"""
     x, axis = call.tensor("self"), call.axis()
@@ -206,6 +216,7 @@ SHAPE: dict[str, Builder] = {
     "aten.transpose.int": transpose,
     "aten.t.default": partial(transpose, first=0, second=-1),
     "aten.mT.default": partial(transpose, first=-2, second=-1),
+    "aten.einsum.default": einsum,
     "aten.slice.Tensor": slice_axis,
     "aten.narrow.default": narrow,
     "aten.select.int": select,

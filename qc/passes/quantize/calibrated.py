@@ -164,7 +164,7 @@ class StoreByData(Pass):
         digest = hashlib.blake2b(configuration.encode(), digest_size=4).hexdigest()
         facts = {
             "pass": configuration,
-            "calibration data": digest_tensors(calibration.sequences()),
+            "calibration data": digest_tensors(calibration.tensors()),
             "model": digest_graph(graph),
             "device": calibration.place.type,
         }

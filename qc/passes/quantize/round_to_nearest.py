@@ -19,6 +19,7 @@ from qc.ir.weights.mapped import Aside
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.rounding import Ranges
 from qc.ir.weights.weight import Term, TermFormat, Weight, WeightFormat
+from qc.passes.calibration.selection import is_head
 from qc.passes.pipeline import Context, Pass, Refusal
 from qc.passes.quantize.finite import count_unfinite
 from qc.passes.quantize.nearby import nearest_accepted
@@ -158,7 +159,7 @@ class RoundToNearest(Pass):
     def linears(self, graph: Graph) -> list[Node]:
         """List the linears that read them."""
         found = quantizable_linears(graph)
-        return [each for each in found if self.heads or each not in graph.outputs]
+        return [each for each in found if self.heads or not is_head(graph, each)]
 
     def replaced(self, graph: Graph, quantized: dict[Node, Node]) -> Graph:
         """Let the linears read other parameters."""

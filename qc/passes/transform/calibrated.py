@@ -69,9 +69,10 @@ def shared_mean(graph: Graph, group: LinearGroup, magnitudes: Tensor) -> Tensor:
 
 
 def first_sequences(calibration: Calibration, count: int) -> Calibration:
-    """Return a calibration on the first `count` sequences alone, that knows nothing yet."""
+    """Return a calibration on the first `count` sequences, or records of inputs, alone, that knows
+    nothing yet."""
     return replace(
-        calibration, drawn=calibration.sequences()[:count], checkpoint=None, coverage={},
+        calibration, drawn=calibration.samples()[:count], checkpoint=None, coverage={},
         memory=WeakKeyDictionary(), felt={},
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 A process of its own, because Triton decides whether it interprets when it is imported, for all of
 its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker` with
-`kernels`, or `model RECIPE FOLDER [CACHE]`.
+`kernels`, `model RECIPE FOLDER [CACHE]`, or `calibrated RECIPE FOLDER SIZES`, SIZES being JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,10 +35,12 @@ from qc.ir.fused import Fused
 from qc.ir.meaning import evaluate_nodes
 from qc.ir.quantized import QuantizedTensor, code_values
 from qc.ir.target import Target, parse_machine
+from qc.passes.calibration import Calibration
 from qc.runtime.manifest import Code
-from qc.stages import caching, resolve_recipe
+from qc.stages import QuantizedModel, caching, resolve_recipe
 from tests.backends.triton.interpreted_program import InterpretedProgram, check_golden
 from tests.backends.triton.kernel_cases import CASES, Case
+from tests.tiny_llama import TEXT
 
 RULES = (*attention_rules, *append_rules, *row_rules, *element_rules)
 
@@ -80,8 +83,19 @@ def kernels() -> dict[str, float]:
 
 
 def model(recipe: str, folder: str, cache: str | None = None) -> dict[str, float]:
-    """Run a model: its golden checks, a prompt, and tokens one by one, against the graph."""
-    quantized = qc.trace(folder).quantize(caching(resolve_recipe(recipe), cache))
+    """Run a model that is rounded."""
+    return model_errors(qc.trace(folder).quantize(caching(resolve_recipe(recipe), cache)))
+
+
+def calibrated(recipe: str, folder: str, sizes: str) -> dict[str, float]:
+    """Run a model as a recipe stores it that has looked at some text."""
+    data = Calibration(TEXT, num_calibration_samples=4, max_seq_length=32)
+    captured = qc.trace(folder)
+    return model_errors(captured.quantize(recipe, calibration=data, **json.loads(sizes)))
+
+
+def model_errors(quantized: QuantizedModel) -> dict[str, float]:
+    """Run the golden checks, a prompt, and tokens one by one, against the graph."""
     target = small_target()
     lowering = GpuLowering(quantized.lower(target).graph, target, GPU_RULES)
     program = lowering.run()
@@ -119,7 +133,10 @@ def main(arguments: list[str]) -> dict[str, Any]:
     """Run what is asked for."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    return kernels() if arguments[0] == "kernels" else model(*arguments[1:])
+    runs: dict[str, Callable[..., dict[str, float]]] = {
+        "kernels": kernels, "model": model, "calibrated": calibrated
+    }  # fmt: skip
+    return runs[arguments[0]](*arguments[1:])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import qc
 from qc.errors import InputError, RecipeError
 from qc.ir import ops, threads
 from qc.ir.graph import Graph
@@ -29,7 +30,10 @@ from qc.passes.calibration import (
 )
 from qc.passes.calibration.calibration import inputs_of
 from qc.passes.calibration.schedule import plan_steps
+from qc.passes.pipeline import Pipeline
 from qc.passes.quantize.gptq import Gptq
+from qc.passes.quantize.round_to_nearest import RoundToNearest
+from qc.passes.recipes.rounding import STORE_16
 from tests.families import DECODERS
 from tests.passes.calibration.tiny import LENGTH, calibration, canonical, linears, token_sequences
 
@@ -266,3 +270,62 @@ def test_what_makes_keys_and_values_is_found_by_structure(family: str, names: se
     assert len({each.origin.module for each in found}) == layers * len(names)
     wide = Gptq("int2·g8·min", exceptions=(("ends:1", "int3·g8·min"),)).in_graph(graph)
     assert {str(wide.planned_format(each)) for each in wide.parameters(graph)} == {"int3·g8·min"}
+
+
+class Conditioned(torch.nn.Module):
+    """A model of several inputs, none of which is a sequence of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(5, 16)
+        self.wide, self.out = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+
+    def forward(self, values: Tensor, label: Tensor) -> Tensor:
+        mixed: Tensor = torch.nn.functional.gelu(self.wide(values + self.table(label)[:, None]))
+        return torch.einsum("nhwc->nchw", self.out(mixed).unflatten(1, (2, 3)))
+
+
+def records(*rows: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"values": torch.randn(n, 6, 16, generator=generator), "label": torch.arange(n) % 5}
+        for n in rows
+    ]
+
+
+def test_inputs_by_name_calibrate_a_model_that_reads_no_tokens() -> None:
+    torch.manual_seed(0)
+    model = Conditioned()
+    traced = qc.trace(model, records(2)[0]).canonicalize()
+    assert not [n for n in traced.graph.nodes if isinstance(n.op, ops.Torch)]
+    assert [str(n.type) for n in traced.graph.inputs] == ["f32[batch, 6, 16]", "i64[batch]"]
+    data = records(4, 3, 5)
+    passes = Pipeline((*STORE_16, Gptq("int3·g16·zero", ignore=()), RoundToNearest("f16")))
+    found = traced.quantize(passes, calibration=Calibration(data, num_calibration_samples=6))
+    assert {each.tokens for each in found.coverage.values()} == {6}  # rows: 4, and 2 of the next
+    rounded = traced.quantize(Pipeline((*STORE_16, RoundToNearest("int3·g16·zero"))))
+    asked = data[2]
+    with torch.no_grad():
+        expected = model(**asked)
+    gptq, nearest = (each(**asked)["output"] for each in (found, rounded))
+    assert gptq.shape == expected.shape == (5, 16, 2, 3)
+    assert float((gptq - expected).norm()) < float((nearest - expected).norm())
+
+
+def test_inputs_by_name_that_do_not_fit_are_refused() -> None:
+    traced = qc.trace(Conditioned(), records(2)[0]).canonicalize()
+    (given,) = records(4)
+
+    def calibrate(data: Any) -> None:
+        traced.quantize(
+            Pipeline((Gptq("int3·g16·zero", ignore=()),)), calibration=Calibration(data)
+        )
+
+    with pytest.raises(InputError, match=r"input label .* is missing in .* record of values"):
+        calibrate([{"values": given["values"]}])
+    with pytest.raises(InputError, match=r"of one size, not of 4 \(values\), 2 \(label\)"):
+        calibrate([{**given, "label": given["label"][:2]}])
+    with pytest.raises(InputError, match=r"does not fit the model: input values has shape"):
+        calibrate([{**given, "values": given["values"][:, :5]}])
+    with pytest.raises(InputError, match="sequences of tokens"):
+        Calibration([given]).sequences()

@@ -93,6 +93,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.slice.Tensor": [(X, 1), (X, 1, 1), (X, -1, -2), (X, 2, 0, 9223372036854775807, 2),
                           (X, 1, 2, 1), (X, 1, -9, 9)],
     "aten.narrow.default": [(X, 2, 1, 2)],
+    "aten.einsum.default": [("abc -> cab", [X])],
     "aten.select.int": [(X, 1, 0), (X, -1, -1)],
     "aten.cat.default": [([X, Y], -1), ([X, IDS[:, :, None]], 2), ([X],)],
     "aten.stack.default": [([X, Y], 1), ([X, Y], -1)],

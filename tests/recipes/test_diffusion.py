@@ -1,0 +1,83 @@
+"""SVDQuant on a small diffusion transformer, with its own outliers and with planted ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import qc
+from qc.passes.calibration import Calibration
+from qc.passes.decompose.branches import SplitBranches
+from qc.passes.decompose.low_rank import SplitLowRank
+from qc.passes.pipeline import Pipeline
+from qc.passes.quantize.activations import QuantizeActivations
+from qc.passes.quantize.round_to_nearest import RoundToNearest
+from qc.passes.recipes import RECIPES
+from qc.passes.recipes.rounding import STORE_16
+from qc.passes.recipes.svdquant import FORMAT, INT4
+from qc.passes.transform.migrate_outliers import MigrateOutliers
+from qc.stages import CanonicalModel, QuantizedModel
+from tests.needs import needs
+from tests.recipes.diffusion import noised, planted, taught
+
+ROUNDED = Pipeline(
+    (*STORE_16, RoundToNearest(FORMAT, heads=False), RoundToNearest("f16"),
+     QuantizeActivations(INT4))
+)  # fmt: skip
+
+
+def with_rank(rank: int) -> Pipeline:
+    """Return SVDQuant with branches of another rank; 0 for smoothing alone."""
+    passes = []
+    for each in RECIPES["svdquant"].passes:
+        if isinstance(each, MigrateOutliers):
+            each = replace(each, rank=rank)
+        if isinstance(each, SplitLowRank):
+            each = replace(each, format=f"rank{rank}")
+        if rank or not isinstance(each, SplitLowRank | SplitBranches):
+            passes.append(each)
+    return Pipeline(tuple(passes))
+
+
+def canonical(model: Any) -> CanonicalModel:
+    return qc.trace(model, noised(2, 1)[0]).canonicalize()
+
+
+def quantized(traced: CanonicalModel, passes: Pipeline) -> QuantizedModel:
+    return traced.quantize(
+        passes, calibration=Calibration([noised(4, 100 + n)[0] for n in range(16)])
+    )
+
+
+@needs("diffusers")
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [taught, planted])
+def test_svdquant_loses_less_than_smoothing_and_smoothing_than_rounding(model: Any) -> None:
+    """Weights and activations of 4 bits; more rank loses less. Li et al. 2024, section 5."""
+    given, _ = noised(16, 999)
+    traced = canonical(model())
+    assert not [node for node in traced.graph.nodes if str(node).startswith("torch(")]
+    with torch.no_grad():
+        expected = model()(**given).sample
+
+    def error(passes: Pipeline) -> float:
+        found = quantized(traced, passes)(**given)["sample"]
+        return float((found - expected).norm() / expected.norm())
+
+    rank32, rank8 = error(with_rank(32)), error(with_rank(8))
+    assert rank32 < rank8 < error(with_rank(0)) < error(ROUNDED)
+
+
+@needs("diffusers")
+@pytest.mark.slow
+def test_the_artifact_computes_what_the_graph_means() -> None:
+    given, _ = noised(16, 999)
+    found = quantized(canonical(planted()), with_rank(32))
+    artifact = found.lower("cpu").build()
+    expected = found(**given)["sample"]
+    output = torch.as_tensor(artifact(**{name: value.numpy() for name, value in given.items()}))
+    # A code of 4 bits on the other side of a border moves some values: decision 008.
+    assert float((output - expected).norm() / expected.norm()) < 1e-3
