@@ -123,20 +123,21 @@ def build(
     progress: bool | Callable[[str, float], None] = False,
 ) -> dict[str, Any]:
     """Build a package for a device, such as "arm64-dotprod-w4": a library and a runner that need
-    neither Python nor a compiler there. Return its manifest.
+    neither Python nor a compiler there. One for "cuda:sm_90-w4" is for this machine's kind of CPU
+    and loads the GPU's driver there. Return its manifest.
 
     The other arguments are those of `compile`. `model` may also be the artifact of a torch target:
     then its weights are taken as they are stored, and the recipe of `target` is not run.
     TargetError where no compiler for the device is installed, UnsupportedError for a model that
     does not generate tokens or keeps an operation on torch.
     """
-    from qc.backends.device.package import write_device_package  # loads TVM
-    from qc.backends.device.toolchain import toolchain_for
+    from qc.backends.device.toolchain import toolchain_for  # loads TVM
 
     machine, passes, _ = quantization(target, recipe, weights, bits, group_size, calibration)
-    if machine.gpu is not None or machine.device == "torch":
-        raise TargetError(f"packages are built for CPUs; {target} is none")
-    toolchain_for(machine.machine)  # before anything long
+    if machine.device in ("torch", "rocm"):
+        raise TargetError(f"packages are built for CPUs and for cuda; {target} is neither")
+    if machine.gpu is None:
+        toolchain_for(machine.machine)  # before anything long
     data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     kept = kept_beside(output, resume)
     with shown(progress) as report:
@@ -152,10 +153,23 @@ def build(
             quantized = canonical.quantize(passes, report, calibration=data)
             planned = quantized.lower(machine, report)
             graph, facts = planned.graph, planned.facts(target)
-        made = write_device_package(graph, machine, facts, Path(output), report)
+        made = write_package(graph, machine, facts, Path(output), report)
     if kept is not None:
         kept.remove()
     return made
+
+
+def write_package(
+    graph: Graph, machine: Target, facts: ArtifactFacts, path: Path, report: Progress
+) -> dict[str, Any]:
+    """Write the package of a planned graph; return its manifest."""
+    if machine.gpu is None:
+        from qc.backends.device.package import write_device_package
+
+        return write_device_package(graph, machine, facts, path, report)
+    from qc.backends.device.cuda_package import write_cuda_package  # loads Triton
+
+    return write_cuda_package(graph, machine, facts, path, report)
 
 
 def stored_model(

@@ -42,7 +42,17 @@ def stub_driver() -> Path:
     """Compile the driver, once."""
     path = Path(mkdtemp(prefix="qc-stub-")) / "libcuda.so.1"
     source = Path(__file__).with_name("stub_cuda.c")
-    command = ["cc", "-std=gnu11", "-Wall", "-Werror", "-O1", "-shared", "-fPIC", str(source)]
+    command = [
+        "cc",
+        "-std=gnu11",
+        "-Wall",
+        "-Werror",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        str(source),
+        "-Wl,-soname,libcuda.so.1",
+    ]  # what asks for it by name finds it once it is loaded
     subprocess.run([*command, "-o", str(path)], check=True)
     return path
 

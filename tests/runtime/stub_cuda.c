@@ -1,7 +1,11 @@
 /* A CUDA driver that keeps device memory in host memory and runs four kernels of its own, so that
    the launcher can be tested where there is no GPU. It checks what a real driver would fault on:
    unknown addresses, threads and shared memory without permission. Launches inside a capture are
-   recorded, with the values of their arguments, and run when the graph is launched. */
+   recorded, with the values of their arguments, and run when the graph is launched.
+
+   Machine code (ELF) is not run: its arguments are read in the sizes that it declares, its pointers must
+   be known, and with STUB_TRACE a line is appended to that file for each launch. */
+#include <elf.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,9 +17,11 @@ enum { MOST = 4096, INVALID = 1, NO_MEMORY = 2, BAD_IMAGE = 200, NOT_FOUND = 500
 static struct { uint64_t at; size_t size; } blocks[MOST];
 static size_t count_blocks, live;
 static char functions[MOST][64];
+enum { MOST_ARGUMENTS = 32 };
+static char declared[MOST][MOST_ARGUMENTS + 1]; /* of machine code: p for 8 bytes, i for 4 */
 static int allowed[MOST], count_functions;
 enum { MOST_WAITS = 64 };
-typedef struct { int kind; int function; unsigned grid[3]; uint64_t args[16]; uint64_t a, b; size_t n; int waits[MOST_WAITS], count; } Record;
+typedef struct { int kind; int function; unsigned grid[3]; uint64_t args[MOST_ARGUMENTS]; uint64_t a, b; size_t n; int waits[MOST_WAITS], count; } Record;
 typedef struct { Record items[1024]; int count; } Graph;
 static Graph *capturing;
 static void *waiting[1024]; /* what the next record waits for: numbers of records, from 1 on */
@@ -41,6 +47,7 @@ static int known(uint64_t at, size_t size) {
 
 CUresult cuInit(unsigned flags) { return flags ? INVALID : 0; }
 CUresult cuDeviceGetCount(int *n) { *n = getenv("STUB_NO_GPU") ? 0 : 1; return 0; }
+CUresult cuDeviceGet(int *d, int n) { *d = n; return n ? INVALID : 0; }
 CUresult cuDeviceGetName(char *name, int size, int d) { snprintf(name, size, "Stub %d", d); return 0; }
 CUresult cuDeviceGetAttribute(int *v, int what, int d) {
   (void)d;
@@ -48,6 +55,10 @@ CUresult cuDeviceGetAttribute(int *v, int what, int d) {
   return 0;
 }
 CUresult cuDevicePrimaryCtxRetain(void **c, int d) { (void)d; *c = (void *)1; return 0; }
+CUresult cuDevicePrimaryCtxRelease_v2(int d) { return d ? INVALID : 0; }
+static int pushed;
+CUresult cuCtxPushCurrent_v2(void *c) { pushed++; return c ? 0 : INVALID; }
+CUresult cuCtxPopCurrent_v2(void **c) { *c = NULL; return pushed-- > 0 ? 0 : INVALID; }
 CUresult cuCtxSetCurrent(void *c) { return c ? 0 : INVALID; }
 CUresult cuGetErrorString(int e, const char **s) { *s = e == NO_MEMORY ? "out of memory" : "stub error"; return 0; }
 CUresult cuMemAlloc_v2(uint64_t *p, size_t n) {
@@ -102,13 +113,57 @@ CUresult cuMemsetD8Async(uint64_t d, unsigned char v, size_t n, void *s) {
   memset((void *)d, v, n);
   return 0;
 }
+static CUresult load_elf(void **m, const char *image) {
+  const Elf64_Ehdr *head = (const void *)image;
+  const Elf64_Shdr *sections = (const void *)(image + head->e_shoff);
+  size_t size = head->e_shoff + (size_t)head->e_shnum * head->e_shentsize;
+  for (int i = 0; i < head->e_shnum; i++) {
+    size_t end = sections[i].sh_type == SHT_NOBITS ? 0 : sections[i].sh_offset + sections[i].sh_size;
+    if (end > size) size = end;
+  }
+  *m = malloc(size);
+  memcpy(*m, image, size);
+  return 0;
+}
+/* The parameters of a kernel, from its .nv.info: items of a format, an attribute and a size; 0x17 tells of
+   one parameter its ordinal, and its size in the upper 14 bits of the last word. */
+static CUresult read_parameters(const char *image, const char *name, char *kinds) {
+  const Elf64_Ehdr *head = (const void *)image;
+  const Elf64_Shdr *sections = (const void *)(image + head->e_shoff);
+  const char *names = image + sections[head->e_shstrndx].sh_offset;
+  char wanted[128];
+  snprintf(wanted, sizeof wanted, ".nv.info.%s", name);
+  for (int i = 0; i < head->e_shnum; i++) {
+    if (strcmp(names + sections[i].sh_name, wanted)) continue;
+    const uint8_t *at = (const void *)(image + sections[i].sh_offset), *end = at + sections[i].sh_size;
+    while (at + 4 <= end) {
+      uint16_t size, ordinal; uint32_t word;
+      memcpy(&size, at + 2, 2);
+      int format = at[0], attribute = at[1];
+      if (format == 4 && attribute == 0x17) {
+        memcpy(&ordinal, at + 8, 2); memcpy(&word, at + 12, 4);
+        if (ordinal >= MOST_ARGUMENTS) return INVALID;
+        kinds[ordinal] = word >> 18 == 8 ? 'p' : 'i';
+      }
+      at += format == 4 ? 4 + size : 4;
+    }
+    return kinds[0] ? 0 : INVALID;
+  }
+  return NOT_FOUND;
+}
 CUresult cuModuleLoadData(void **m, const char *image) {
+  if (!memcmp(image, ELFMAG, SELFMAG)) return load_elf(m, image);
   if (memcmp(image, "STUB", 4)) return BAD_IMAGE;
   *m = strdup(image);
   return 0;
 }
+CUresult cuModuleUnload(void *m) { free(m); return 0; }
 CUresult cuModuleGetFunction(void **f, void *m, const char *name) {
-  if (strcmp((char *)m + 5, name)) return NOT_FOUND; /* the image says "STUB name" */
+  memset(declared[count_functions], 0, sizeof *declared);
+  if (!memcmp(m, ELFMAG, SELFMAG)) {
+    CUresult error = read_parameters(m, name, declared[count_functions]);
+    if (error) return error;
+  } else if (strcmp((char *)m + 5, name)) return NOT_FOUND; /* the image says "STUB name" */
   snprintf(functions[count_functions], 64, "%s", name);
   allowed[count_functions] = 49152;
   *f = (void *)(intptr_t)(++count_functions);
@@ -121,9 +176,28 @@ CUresult cuFuncSetAttribute(void *f, int what, int value) {
 }
 
 /* The kernels of the toy model: float32, ids int64; tests/runtime/cuda.py says which arguments. */
+static CUresult trace(int f, const unsigned *grid, const uint64_t *a) {
+  const char *path = getenv("STUB_TRACE"), *kinds = declared[f];
+  FILE *file = path ? fopen(path, "a") : NULL;
+  if (path && !file) return INVALID;
+  if (file) fprintf(file, "%s %u %u %u %d", functions[f], grid[0], grid[1], grid[2], allowed[f]);
+  int count = (int)strlen(kinds);
+  CUresult error = 0;
+  for (int i = 0; i < count; i++) {
+    if (kinds[i] == 'i') { if (file) fprintf(file, " %d", (int32_t)a[i]); continue; }
+    if (i >= count - 2) continue;
+    if (!known(a[i], 4)) { error = ILLEGAL; break; }
+    uint32_t word;
+    memcpy(&word, (void *)a[i], 4);
+    if (file) fprintf(file, " *%08x", word);
+  }
+  if (file) { fprintf(file, "\n"); fclose(file); }
+  return error;
+}
 static CUresult run_kernel(int f, const unsigned *grid, const uint64_t *a) {
   const char *name = functions[f];
   launches++;
+  if (declared[f][0]) return trace(f, grid, a);
   size_t used = strlen(log_text);
   snprintf(log_text + used, sizeof log_text - used, "%s %ux%ux%u\n", name, grid[0], grid[1], grid[2]);
   if (!strcmp(name, "embed")) { /* ids, table, x; tokens, width: one program a token */
@@ -168,8 +242,8 @@ static CUresult launch(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned 
                        unsigned shared, void **args, void **extra, int beside) {
   int at = (int)(intptr_t)f - 1;
   if (extra || by != 1 || bz != 1 || bx % 32 || bx > 1024 || (int)shared > allowed[at]) return INVALID;
-  const char *kind = kinds(functions[at]);
-  uint64_t values[16] = {0};
+  const char *kind = declared[at][0] ? declared[at] : kinds(functions[at]);
+  uint64_t values[MOST_ARGUMENTS] = {0};
   int count = (int)strlen(kind);
   for (int i = 0; i < count; i++) {
     values[i] = kind[i] == 'p' ? *(uint64_t *)args[i] : (uint64_t)(int64_t)*(int32_t *)args[i];
@@ -209,6 +283,7 @@ CUresult cuLaunchKernelEx(const Configuration *c, void *f, void **args, void **e
   return launch(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, args, extra, 1);
 }
 CUresult cuStreamCreate(void **s, unsigned f) { (void)f; *s = (void *)3; return 0; }
+CUresult cuStreamDestroy_v2(void *s) { return s ? 0 : INVALID; }
 CUresult cuStreamSynchronize(void *s) { (void)s; return capturing ? INVALID : 0; }
 CUresult cuStreamBeginCapture_v2(void *s, int m) { (void)s; (void)m; capturing = calloc(1, sizeof *capturing); count_waiting = line_start = 0; return 0; }
 CUresult cuStreamGetCaptureInfo_v2(void *s, int *status, uint64_t *id, void **graph, void ***nodes, size_t *n) {

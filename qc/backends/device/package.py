@@ -16,9 +16,9 @@ from qc.backends.device.toolchain import (
     DEVICE,
     HEADER,
     LIBRARY,
+    ON_CPU,
     RUNNER,
     RUNTIME,
-    SOURCES,
     Toolchain,
     toolchain_for,
 )
@@ -55,21 +55,23 @@ def write_device_package(
         program = DeviceProgram(manifest)
         text = text_of(facts)
         progress("compile kernels", 0.0)
-        for name in (LIBRARY, ARCHIVE, RUNNER, HEADER.name, WEIGHTS):
-            writer.file(name)
         folder = writer.file(LIBRARY).parent
         workspace = workspace_bytes(program, lowered.kernels)
         compile_package(program, lowered, workspace, tools, folder)
         order = [value.tensor or value.name for value in program.weights]
         sources = dict(tensor_sources(lowered, progress))
         write_weights(folder / WEIGHTS, program.identity, order, sources, text)
-        (folder / HEADER.name).write_bytes(HEADER.read_bytes())
-        for name in (LIBRARY, ARCHIVE, RUNNER, HEADER.name, WEIGHTS):
-            writer.keep(name)
-        has_text = text is not None
-        described = describe(program, manifest, workspace, has_text, target.is_android)
-        writer.add("README", readme(described).encode())
-        return writer.finish_described(described)
+        described = describe(program, manifest, workspace, text is not None, target.is_android)
+        return finish(writer, described)
+
+
+def finish(writer: ArtifactWriter, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Take what was compiled into the package, and write what goes with it."""
+    for name in (LIBRARY, ARCHIVE, RUNNER, WEIGHTS):
+        writer.keep(name)
+    writer.add(HEADER.name, HEADER)
+    writer.add("README", readme(described).encode())
+    return writer.finish_described(described)
 
 
 def text_of(facts: ArtifactFacts) -> bytes | None:
@@ -94,7 +96,7 @@ def compile_package(
         for kernels in objects:
             tools.drop_unwinding(kernels)
         includes = (DEVICE, RUNTIME / "native")
-        for file in (source, *SOURCES, DEVICE / "runner.c"):
+        for file in (source, *ON_CPU, DEVICE / "runner.c"):
             objects.append(place / f"{file.stem}.o")
             tools.compile(file, objects[-1], includes, ())
         *linked, runner = objects
@@ -115,6 +117,7 @@ def describe(
             "arch": manifest.target.arch,
             "features": list(manifest.target.features),
         },
+        "gpus": [],
         "android_api": API_LEVEL if android else None,
         "identity": program.identity.hex(),
         "vocabulary": program.vocabulary,
@@ -140,10 +143,14 @@ def readme(described: Mapping[str, Any]) -> str:
     needs = ", ".join(target["features"]) or "no special instruction set"
     android = described["android_api"]
     system = f"Android, API level {android}" if android else "Linux"
+    kind, driver = "static program", ""
+    if described["gpus"]:
+        needs = f"NVIDIA GPU: {', '.join(described['gpus'])}"
+        kind, driver = "program", ", and loads libcuda.so.1"
     return f"""A language model for {target["name"]} ({target["arch"]}, {system}; {needs}).
 
-    {RUNNER}          static program:  ./{RUNNER} {WEIGHTS} "prompt"
-    {LIBRARY}     the same as a library; needs libc, libm and POSIX threads
+    {RUNNER}          {kind}:  ./{RUNNER} {WEIGHTS} "prompt"
+    {LIBRARY}     the same as a library; needs libc, libm and POSIX threads{driver}
     {ARCHIVE}      to link into a program
     {HEADER.name}      the interface, version {described["abi"]}
     {WEIGHTS}     weights{" and tokenizer" if described["tokenizer"] else ""}, mapped into memory
@@ -153,5 +160,5 @@ Working memory besides the weights, all of it reserved when a session starts:
 {memory["state"] / described["context_length"] / 1e3:.1f} kB for each token
 of the context, at most {described["context_length"]} tokens. Pages are touched as they are filled.
 
-    cc program.c {ARCHIVE} -lpthread -lm
+    cc program.c {ARCHIVE} -lpthread -lm{" -ldl" if described["gpus"] else ""}
 """

@@ -16,7 +16,18 @@ from math import prod
 
 from qc.errors import UnsupportedError
 from qc.runtime.expression import parse_expression
-from qc.runtime.manifest import CONTEXT, KEEP, PAST, Dim, Generate, KernelStep, Manifest, Value
+from qc.runtime.manifest import (
+    CONTEXT,
+    KEEP,
+    PAST,
+    Dim,
+    Generate,
+    KernelStep,
+    Manifest,
+    Scalar,
+    Value,
+    ValueArg,
+)
 from qc.runtime.memory import Lifetime, plan_arena, round_up
 
 SYMBOLS = ("batch", "seq", PAST, CONTEXT, KEEP)
@@ -60,10 +71,14 @@ class DeviceProgram:
     UnsupportedError says what it cannot.
     """
 
+    header = "program.h"
+    code_bytes: Sequence[int] = ()
+    """Of each code in the weights file: a CPU's is in the library."""
+
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.values = manifest.values
-        self.steps = kernel_steps(manifest)
+        self.steps = self.taken_steps()
         self.generate = generation_of(manifest)
         self.context = manifest.context_length or 0
         self.sizes = Numbers()
@@ -72,22 +87,34 @@ class DeviceProgram:
         self.shape_at: dict[tuple[Dim, ...], int] = {}
         self.size(0)
         for step in self.steps:
-            for argument in step.args:
-                if hasattr(argument, "symbol"):
-                    self.size(argument.symbol)
-                    continue
-                value = self.values[argument.value]
-                shape = value.shape if argument.shape is None else argument.shape
-                self.tensors.number(Tensor(argument.value, shape, argument.offset))
-                self.shape(shape)
-                self.size(argument.offset)
+            self.number_step(step)
         for value in self.states:
             self.shape(value.shape)
         if max(len(self.sizes.of), len(self.tensors.of), len(self.dims)) >= _MOST:
             raise UnsupportedError(f"a device package holds fewer than {_MOST} views of values")
         self.check_offsets()
 
+    def taken_steps(self) -> Sequence[KernelStep]:
+        """Return the steps of every call, or of some."""
+        return kernel_steps(self.manifest)
+
     # ---- What is numbered
+
+    def number_step(self, step: KernelStep) -> None:
+        """Number everything that a step needs."""
+        for argument in step.args:
+            if isinstance(argument, Scalar):
+                self.size(argument.symbol)
+                continue
+            tensor = self.view(argument)
+            self.tensors.number(tensor)
+            self.shape(tensor.shape)
+            self.size(tensor.offset)
+
+    def view(self, argument: ValueArg) -> Tensor:
+        """Return what an argument shows of its value."""
+        shape = self.values[argument.value].shape if argument.shape is None else argument.shape
+        return Tensor(argument.value, shape, argument.offset)
 
     def size(self, dim: Dim) -> int:
         """Return the number of a size."""
@@ -144,32 +171,35 @@ class DeviceProgram:
         return prod(parse_expression(d)(symbols) for d in value.shape) * value.element.bytes
 
     @cached_property
-    def lifetimes(self) -> dict[int, tuple[int, int]]:
-        """The first and the last step that uses each scratch value."""
-        spans: dict[int, tuple[int, int]] = {}
-        for at, step in enumerate(self.steps):
-            for index in (*step.reads, *step.writes):
-                if self.values[index].kind == "scratch":
-                    spans[index] = (spans.get(index, (at, at))[0], at)
-        return spans
+    def lengths(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Numbers of tokens that bound the memory of all calls with one, and with more."""
+        chunk = min(self.generate.chunk, self.context)
+        return [1], sorted({min(2, chunk), chunk // 2 + 1, chunk})
 
     @cached_property
     def plans(self) -> tuple[Plan, Plan]:
         """The arena for one token, and for up to `chunk` of them."""
-        return self.plan([1]), self.plan([2, self.generate.chunk // 2 + 1, self.generate.chunk])
+        step, prefill = self.lengths
+        return self.plan(step), self.plan(prefill)
+
+    def steps_of(self, call: Mapping[str, int]) -> Sequence[tuple[int, KernelStep]]:
+        """Return the steps of a call of these sizes, with their numbers."""
+        return [(n, step) for n, step in enumerate(self.steps) if belongs(step, call)]
 
     def plan(self, lengths: Iterable[int]) -> Plan:
         """Place all scratch values for calls of any of these lengths."""
-        calls = [self.symbols(length) for length in lengths]
-        spans = list(self.lifetimes.items())
-        sizes = [max(self.bytes_of(index, call) for call in calls) for index, _ in spans]
-        placed, total = plan_arena(
-            [Lifetime(*span, size) for (_, span), size in zip(spans, sizes, strict=True)]
-        )
-        return Plan(
-            {index: at for (index, _), at in zip(spans, placed, strict=True)},
-            round_up(total, LINE),
-        )
+        lifetimes: dict[int, Lifetime] = {}
+        for call in map(self.symbols, lengths):
+            for at, step in self.steps_of(call):
+                for index in (*step.reads, *step.writes):
+                    if self.values[index].kind == "scratch":
+                        size = self.bytes_of(index, call)
+                        known = lifetimes.get(index, Lifetime(at, at, size))
+                        lifetimes[index] = Lifetime(
+                            min(known.first, at), max(known.last, at), max(known.bytes, size)
+                        )
+        placed, total = plan_arena(list(lifetimes.values()))
+        return Plan(dict(zip(lifetimes, placed, strict=True)), round_up(total, LINE))
 
     def state_bytes(self, context: int) -> int:
         """Return the bytes of keys and values for a context of so many tokens."""
@@ -179,20 +209,26 @@ class DeviceProgram:
 
     def check_offsets(self) -> None:
         """Refuse views that reach beyond their values in the first or the last possible call."""
-        chunk = min(self.generate.chunk, self.context)
-        calls = [self.symbols(seq, past) for seq in (1, chunk) for past in (0, self.context - seq)]
-        for tensor in self.tensors.of:
-            assert isinstance(tensor, Tensor)
-            whole = self.values[tensor.value]
-            for call in calls:
-                room = self.bytes_of(tensor.value, call) // whole.element.bytes
-                first = parse_expression(tensor.offset)(call)
-                end = first + prod(parse_expression(dim)(call) for dim in tensor.shape)
-                if not 0 <= first <= end <= room:
-                    raise UnsupportedError(
-                        f"a step uses elements {first}..{end} of value {whole.name!r}, which has "
-                        f"{room}"
-                    )
+        lengths = sorted({length for each in self.lengths for length in each})
+        for seq in lengths:
+            for past in {0, self.context - seq}:
+                call = self.symbols(seq, past)
+                for _, step in self.steps_of(call):
+                    self.check_step(step, call)
+
+    def check_step(self, step: KernelStep, call: Mapping[str, int]) -> None:
+        """Refuse a step whose views reach beyond their values in a call."""
+        for argument in step.args:
+            if isinstance(argument, Scalar):
+                continue
+            tensor, whole = self.view(argument), self.values[argument.value]
+            room = self.bytes_of(tensor.value, call) // whole.element.bytes
+            first = parse_expression(tensor.offset)(call)
+            end = first + prod(parse_expression(dim)(call) for dim in tensor.shape)
+            if not 0 <= first <= end <= room:
+                raise UnsupportedError(
+                    f"a step uses elements {first}..{end} of value {whole.name!r}, which has {room}"
+                )
 
     # ---- C
 
@@ -205,20 +241,14 @@ class DeviceProgram:
 
     def source(self, workspace: int) -> str:
         """Write program.c. `workspace`: bytes of temporary memory of one thread."""
-        kernels = sorted({step.kernel for step in self.steps})
-        declared = [
-            f"int __tvm_ffi_{name}(void *, const qc_any *, int32_t, qc_any *);" for name in kernels
-        ]
         return "\n".join(
             [
                 "/* Written by qc build: see qc/runtime/device/program.h. */",
-                '#include "program.h"',
+                f'#include "{self.header}"',
                 "",
                 "#include <stddef.h>",
                 "",
                 '#include "processor.h"',
-                "",
-                *declared,
                 "",
                 self.facts_source(workspace),
                 *self.tables_source(),
@@ -242,6 +272,7 @@ class DeviceProgram:
             "weights": len(self.weights),
             "states": len(self.states),
             "ends": len(self.generate.eos),
+            "codes": len(self.code_bytes),
             "context": self.context,
             "chunk": min(self.generate.chunk, self.context),
             "vocabulary": self.vocabulary,
@@ -257,7 +288,24 @@ class DeviceProgram:
         return "\n".join(["const program_facts program = {", *lines, "};", ""])
 
     def tables_source(self) -> list[str]:
-        """Write tensors, arguments, steps, weights and states."""
+        """Write tensors, weights, states, and what the steps are."""
+        states = [
+            f"{{{self.shape(v.shape)}, {len(v.shape)}, {v.element.bytes}}}" for v in self.states
+        ]
+        weights = [prod(map(int, v.shape)) * v.element.bytes for v in self.weights]
+        return [
+            table_source("uint16_t program_dims", map(str, self.dims)),
+            table_source(
+                "program_tensor program_tensors", map(self.tensor_source, self.tensors.of)
+            ),
+            table_source("uint64_t program_weight_bytes", map(str, [*weights, *self.code_bytes])),
+            table_source("program_state program_states", states),
+            table_source("int32_t program_ends", map(str, self.generate.eos)),
+            *self.steps_source(),
+        ]
+
+    def steps_source(self) -> list[str]:
+        """Write kernels, arguments and steps."""
         arguments, steps, first = [], [], 0
         kernels, origins = Numbers(), Numbers()
         for step in self.steps:
@@ -266,31 +314,22 @@ class DeviceProgram:
             steps.append(f"{{{called[0]}, {count}, {first}, {called[1]}}}")
             first += count
             for argument in step.args:
-                if hasattr(argument, "symbol"):
+                if isinstance(argument, Scalar):
                     arguments.append(f"{{QC_INTEGER, {self.size(argument.symbol)}}}")
                     continue
-                shape = (
-                    self.values[argument.value].shape if argument.shape is None else argument.shape
-                )
-                tensor = Tensor(argument.value, shape, argument.offset)
-                arguments.append(f"{{QC_TENSOR, {self.tensors.number(tensor)}}}")
-        states = [
-            f"{{{self.shape(v.shape)}, {len(v.shape)}, {v.element.bytes}}}" for v in self.states
+                tensor = self.tensors.number(self.view(argument))
+                arguments.append(f"{{QC_TENSOR, {tensor}}}")
+        declared = [
+            f"int __tvm_ffi_{name}(void *, const qc_any *, int32_t, qc_any *);"
+            for name in sorted(map(str, kernels.of))
         ]
-        weights = [str(prod(map(int, v.shape)) * v.element.bytes) for v in self.weights]
         return [
-            table_source("uint16_t program_dims", map(str, self.dims)),
-            table_source(
-                "program_tensor program_tensors", map(self.tensor_source, self.tensors.of)
-            ),
+            "\n".join([*declared, ""]),
             table_source("program_argument program_arguments", arguments),
             table_source("program_step program_steps", steps),
             table_source("qc_kernel program_kernels", (f"__tvm_ffi_{k}" for k in kernels.of)),
             f"const char program_names[] =\n {names_source(kernels.of)};\n",
             f"const char program_origins[] =\n {names_source(origins.of)};\n",
-            table_source("uint64_t program_weight_bytes", weights),
-            table_source("program_state program_states", states),
-            table_source("int32_t program_ends", map(str, self.generate.eos)),
         ]
 
     def tensor_source(self, tensor: object) -> str:
@@ -337,6 +376,15 @@ class DeviceProgram:
                 "",
             ]
         )
+
+
+def belongs(step: KernelStep, call: Mapping[str, int]) -> bool:
+    """Say whether a call of these sizes takes a step."""
+    for size, (low, high) in step.when.items():
+        found = parse_expression(size)(call)
+        if found < low or (high is not None and found > high):
+            return False
+    return True
 
 
 def kernel_steps(manifest: Manifest) -> Sequence[KernelStep]:

@@ -22,6 +22,8 @@ SOURCES = (
       ("model", "weights", "choosing", "text", "patterns", "composing", "merging",
        "processor")),
 )  # fmt: skip
+ON_CPU = (*SOURCES, DEVICE / "native_session.c")
+ON_GPU = (*SOURCES, DEVICE / "cuda_session.c", DEVICE / "cuda_driver.c")
 HEADER = DEVICE / "qc_model.h"
 
 LIBRARY, ARCHIVE, RUNNER = "libmodel.so", "libmodel.a", "runner"
@@ -109,12 +111,15 @@ class Toolchain:
         sections = (f"--remove-section={prefix}{UNWINDING}" for prefix in ("", ".rela"))
         self.run([f"{self.prefix}objcopy", *sections, kernels], f"shrink {kernels.name}")
 
-    def link_package(self, objects: Sequence[Path], runner: Path, folder: Path) -> None:
-        """Make the library, the archive and the runner of compiled objects."""
+    def link_package(
+        self, objects: Sequence[Path], runner: Path, folder: Path, static: bool = True
+    ) -> None:
+        """Make the library, the archive and the runner of compiled objects. A runner that loads a
+        driver cannot be `static`."""
         script = objects[0].parent / "exported"
         script.write_text(f"{{ global: {EXPORTED}; local: *; }};\n")
         strip = ["-s", "-Wl,--build-id=none", "-Wl,--gc-sections"]
-        libraries: list[object] = ["-lpthread", "-lm"]
+        libraries: list[object] = ["-lpthread", "-lm", *([] if static else ["-ldl"])]
         shared_libraries, adapters = libraries, list[Path]()
         if self.android:
             shared_libraries = self.bionic_libraries(script.parent)
@@ -148,7 +153,7 @@ class Toolchain:
         self.run(
             [
                 *self.compiler,
-                "-static",
+                *(["-static"] if static else []),
                 *strip,
                 runner,
                 *objects,

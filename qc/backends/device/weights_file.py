@@ -27,7 +27,7 @@ HEADER = np.dtype(
 ENTRY = np.dtype(
     [("offset", "<u8"), ("bytes", "<u8"), ("checksum", "<u8"), ("kind", "<u4"), ("zero", "<u4")]
 )
-TENSOR, TEXT = 0, 1
+TENSOR, TEXT, CODE = 0, 1, 2
 _LANES = 16
 _ROWS = 1 << 16  # of lanes at once: bounds what a checksum needs
 _OFFSET, _PRIME, _WORD = 0xCBF29CE484222325, 0x100000001B3, 0xFFFFFFFFFFFFFFFF
@@ -39,18 +39,22 @@ def write_weights(
     order: Sequence[str],
     tensors: Mapping[str, TensorSource],
     text: bytes | None,
+    codes: Sequence[bytes] = (),
 ) -> None:
-    """Write the tensors named by `order`, one in memory at a time, and the text tables.
+    """Write the tensors named by `order`, one in memory at a time, machine code for a GPU, and the
+    text tables.
 
     `tensors` are written in their own order, in which they are computed.
     """
-    count = len(order) + (text is not None)
+    count = len(order) + len(codes) + (text is not None)
     table = np.zeros(count, ENTRY)
     with open(path, "wb") as file:
         file.write(bytes(HEADER.itemsize + table.nbytes))
         written = {name: append(file, source.load()) for name, source in tensors.items()}
         for number, name in enumerate(order):
             table[number] = written[name]
+        for number, code in enumerate(codes, len(order)):
+            table[number] = append(file, np.frombuffer(code, np.uint8), CODE)
         if text is not None:
             table[-1] = append(file, np.frombuffer(text, np.uint8), TEXT)
         head = np.zeros(1, HEADER)

@@ -43,7 +43,11 @@ def write_gpu_artifact(
         lowering = GpuLowering(graph, target, GPU_RULES)
         lowered = lowering.run()
         compiled = compile_all(lowered.kernels, target.gpu.architectures, progress)
-        code = write_code(writer, lowered.kernels, compiled)
+        code, files = code_of(lowered.kernels, compiled)
+        for name, launch in lowered.kernels.items():
+            writer.add(f"source/{name}.py", launch.source.encode())
+        for name, content in files.items():
+            writer.add(name, content)
         progress("golden outputs", 0.0)
         golden = golden_checks(lowering)
         write_safetensors(writer.file(GOLDEN), golden.arrays)
@@ -74,32 +78,32 @@ def compile_all(
     return found
 
 
-def write_code(
-    writer: ArtifactWriter, kernels: Mapping[str, Launch], compiled: Compiled
-) -> dict[str, Code]:
-    """Put machine code and sources into an artifact; return the manifest's description.
+def code_of(
+    kernels: Mapping[str, Launch], compiled: Compiled
+) -> tuple[dict[str, Code], dict[str, bytes]]:
+    """Return the manifest's description of machine code, and the files to put it in.
 
     The oldest architecture's PTX is there for GPUs that come later.
     """
-    described = {}
+    described: dict[str, Code] = {}
+    files: dict[str, bytes] = {}
     for name, launch in kernels.items():
-        writer.add(f"source/{name}.py", launch.source.encode())
         binaries = []
         for architecture, cubin in compiled[name].items():
             file = f"code/{architecture}/{name}.cubin"
-            writer.add(file, cubin.binary)
+            files[file] = cubin.binary
             binaries.append(Binary(architecture, file, cubin.shared_bytes))
         oldest = min(compiled[name].values(), key=lambda cubin: cubin.architecture)
         if oldest.architecture < FEATURE_SPECIFIC:
             file = f"code/ptx_{oldest.architecture}/{name}.ptx"
-            writer.add(file, oldest.ptx.encode())
+            files[file] = oldest.ptx.encode()
             binaries.append(Binary(f"ptx_{oldest.architecture}", file, oldest.shared_bytes))
         kinds = tuple("pointer" if kind.startswith("*") else kind for kind in oldest.parameters)
         constants = dict(launch.constants)
         described[name] = Code(
             oldest.name, oldest.num_warps, kinds, tuple(binaries), constants, overlaps=True
         )
-    return described
+    return described, files
 
 
 def manifest_of(

@@ -49,6 +49,7 @@ typedef struct program_facts {
   uint8_t identity[32]; /* weights of another identity do not fit */
   const char *target;
   uint32_t sizes, dims, tensors, arguments, steps, weights, states, ends;
+  uint32_t codes; /* machine code for GPUs, in the weights file */
   int64_t context, chunk;
   int32_t vocabulary, below, begin;
   uint8_t token_bits, logit_bits, tiles; /* tiles: kernels use AMX */
@@ -63,7 +64,7 @@ extern const program_argument program_arguments[];
 extern const program_step program_steps[];
 extern const qc_kernel program_kernels[];
 extern const char program_names[], program_origins[]; /* each ended by a zero */
-extern const uint64_t program_weight_bytes[];
+extern const uint64_t program_weight_bytes[]; /* of weights, then of codes */
 extern const program_state program_states[];
 extern const int32_t program_ends[];
 

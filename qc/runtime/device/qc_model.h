@@ -1,6 +1,7 @@
 /* qc_model.h: run a language model that `qc build` compiled.
  *
- * The library needs libc, libm and POSIX threads (Linux). It holds the code of one model; the weights
+ * The library needs libc, libm and POSIX threads (Linux); one for a GPU loads the GPU's driver when the
+ * first model is opened. It holds the code of one model; the weights
  * and the tokenizer are in weights.qcw, which is mapped and read in place. A model may be opened any
  * number of times, and have any number of sessions; sessions may be used from several threads, each
  * by one thread at a time. Calls of all sessions share one pool of threads and take turns.
@@ -41,7 +42,8 @@ typedef enum qcm_status {
   QCM_NO_MEMORY = 7,
   QCM_CONTEXT_FULL = 8, /* more tokens than the session has room for */
   QCM_NO_TEXT = 9,      /* the package has no tokenizer */
-  QCM_FAILED = 10       /* a kernel failed, or computed NaN */
+  QCM_FAILED = 10,      /* a kernel failed, or computed NaN */
+  QCM_NO_GPU = 11       /* packages for GPUs: no driver, no GPU, or one that the code is not for */
 } qcm_status;
 
 /* What qcm_open reads of the weights. */
@@ -76,7 +78,7 @@ typedef struct qcm_facts {
 QCM_API qcm_facts qcm_describe(const qcm_model *model);
 
 /* Start a session with room for `context` tokens, 0 for the longest. All of its memory is reserved
- * here: qcm_memory(model, context) bytes. */
+ * here: qcm_memory(model, context) bytes, on the GPU where there is one. */
 QCM_API qcm_status qcm_start(const qcm_model *model, int64_t context, qcm_session **session);
 QCM_API size_t qcm_memory(const qcm_model *model, int64_t context);
 QCM_API void qcm_end(qcm_session *session);

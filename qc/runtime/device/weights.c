@@ -13,7 +13,7 @@
 #include "failing.h"
 #include "program.h"
 
-enum { FORMAT = 1, LINE = 64, LANES = 16, KIND_TENSOR = 0, KIND_TEXT = 1,
+enum { FORMAT = 1, LINE = 64, LANES = 16, KIND_TENSOR = 0, KIND_TEXT = 1, KIND_CODE = 2,
        LARGEST_PAGE = 65536 /* of any system: madvise wants whole pages */,
        POPULATE_READ = 22 /* MADV_POPULATE_READ; older headers lack the name */ };
 
@@ -111,10 +111,11 @@ static qcm_status check_header(const weights_file *file) {
     return fail(QCM_BAD_FILE, "the weights have %zu bytes and should have %llu: they are %s",
                 file->size, (unsigned long long)head.bytes,
                 file->size < head.bytes ? "truncated" : "damaged");
-  if (head.entries < program.weights || head.entries > program.weights + 1 ||
+  const uint32_t needed = program.weights + program.codes;
+  if (head.entries < needed || head.entries > needed + 1 ||
       sizeof head + (uint64_t)head.entries * sizeof(entry) > file->size)
     return fail(QCM_FOREIGN_FILE, "the weights hold %u tensors; this model has %u", head.entries,
-                program.weights);
+                needed);
   return QCM_OK;
 }
 
@@ -139,11 +140,12 @@ static qcm_status check_places(weights_file *file, uint32_t count) {
   const uint64_t from = sizeof(header) + (uint64_t)count * sizeof(entry);
   for (uint32_t at = 0; at < count; at++) {
     const entry *one = &entries[at];
-    int is_text = at == program.weights;
+    int is_text = at == program.weights + program.codes;
+    uint32_t kind = is_text ? KIND_TEXT : at < program.weights ? KIND_TENSOR : KIND_CODE;
     if (one->offset % LINE || one->offset < from || one->offset > file->size ||
         one->bytes > file->size - one->offset)
       return fail(QCM_BAD_FILE, "tensor %u lies outside of the weights", at);
-    if (one->kind != (is_text ? KIND_TEXT : KIND_TENSOR) ||
+    if (one->kind != kind ||
         (!is_text && one->bytes != program_weight_bytes[at]))
       return fail(QCM_FOREIGN_FILE, "tensor %u has %llu bytes; this model needs %llu", at,
                   (unsigned long long)one->bytes,
@@ -161,14 +163,14 @@ static qcm_status check(weights_file *file, uint32_t flags) {
   status = check_places(file, count);
   if (status) return status;
   checking all = {.file = file, .count = count};
-  /* Text tables are walked by what they say, so they are always checked. */
+  /* Text tables are walked by what they say, and code is run: these are always checked. */
   if (flags & QCM_TRUST) all.next = program.weights;
   if (all.next < count) TVMBackendParallelLaunch(check_entries, &all, 0);
   if (all.damaged == 0) return QCM_OK;
-  if (all.damaged - 1 == program.weights)
+  if (all.damaged - 1 == program.weights + program.codes)
     return fail(QCM_BAD_FILE, "the tokenizer in the weights is damaged");
-  return fail(QCM_BAD_FILE, "tensor %u of the weights is damaged: its checksum differs",
-              all.damaged - 1);
+  return fail(QCM_BAD_FILE, "%s %u of the weights is damaged: its checksum differs",
+              all.damaged > program.weights ? "code" : "tensor", all.damaged - 1);
 }
 
 qcm_status weights_open(const char *path, uint32_t flags, weights_file *file) {

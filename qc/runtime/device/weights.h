@@ -1,7 +1,8 @@
 /* weights.h: weights.qcw, mapped and checked. All numbers are little-endian.
  *
  *   header   64 bytes, see weights.c
- *   entries  one for each tensor of the program, in its order, then perhaps the text tables
+ *   entries  one for each tensor of the program, in its order, then one for each code of a GPU, then
+ *            perhaps the text tables
  *   content  each entry at a multiple of 64 bytes
  */
 #ifndef QC_WEIGHTS_H_
@@ -23,7 +24,7 @@ typedef struct weights_file {
 qcm_status weights_open(const char *path, uint32_t flags, weights_file *file);
 void weights_close(weights_file *file);
 
-/* The bytes of tensor number `at`. */
+/* The bytes of tensor number `at`, or of the codes behind them. */
 const void *weights_tensor(const weights_file *file, uint32_t at);
 
 #endif /* QC_WEIGHTS_H_ */

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qc.backends.device.toolchain import DEVICE, RUNTIME, SOURCES
+from qc.backends.device.toolchain import DEVICE, ON_CPU, RUNTIME
 from qc.backends.device.weights_file import ENTRY, HEADER, checksum, header_checksum
 from qc.backends.tvm.build import c_compiler
 from tests.backends.device.packages import Library, package
@@ -229,7 +229,7 @@ def fuzz(place: Path, folder: Path, count: int) -> tuple[int, int]:
     command = [
         *c_compiler(), "-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined",
         "-fno-sanitize-recover=all", f"-I{DEVICE}", f"-I{RUNTIME / 'native'}", str(source),
-        str(stub), *map(str, SOURCES), "-lpthread", "-lm", "-o", str(folder / "fuzz"),
+        str(stub), *map(str, ON_CPU), "-lpthread", "-lm", "-o", str(folder / "fuzz"),
     ]  # fmt: skip
     subprocess.run(command, check=True)
     good = (place / "weights.qcw").read_bytes()
