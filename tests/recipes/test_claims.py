@@ -94,6 +94,23 @@ def test_the_guide_prints_what_was_recorded() -> None:
     assert rows == verdicts
 
 
+def test_the_table_of_recipes_prints_what_was_recorded() -> None:
+    named = {
+        "gptq": "gptq3", "awq": "awq3", "smoothquant_plus": "smoothquant+3", "adadim": "adadim3",
+        "lorc": "lorc3 rank 8", "gwq": "gwq3", "squeezellm": "squeezellm3", "claq": "claq3",
+        "spqr": "spqr", "svdquant": "svdquant", "w3": "w3",
+    }  # fmt: skip
+    row = re.compile(r"\| `(\w+)` \| .+ \| ([\d.]+) \| ([\d.]+) \|")
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    printed = {found[1]: (found[2], found[3]) for line in lines if (found := row.fullmatch(line))}
+    first = {each["name"]: each for each in read_results(RECORDED) if each["seed"] == 0}
+    results = {recipe: first[name] for recipe, name in named.items()}
+    assert printed == {
+        recipe: (f"{each['bits']['blocks']:.2f}", f"{each['perplexity']:.2f}")
+        for recipe, each in results.items()
+    }
+
+
 def test_an_order_must_hold_with_every_seed() -> None:
     claim = next(each for each in CLAIMS if each.order == ("gptq3", "rtn3"))
     lines = [result("gptq3", 3.0), result("rtn3", 4.0), result("gptq3", 5.0, seed=1)]
