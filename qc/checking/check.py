@@ -72,6 +72,8 @@ def check_graph(canonical: Graph, passes: Pipeline, target: Target, source: str)
         return report
     if target.device == "torch":
         notes.append("reference interpreter, no speed-up")
+    if target.gpu is not None and target.gpu.dtype == "bf16":
+        notes.append("computes in bfloat16, sums in float32")
     return CheckReport(
         source,
         str(target),

@@ -17,6 +17,7 @@ from qc.runtime.executor import Program
 from qc.runtime.expression import parse_expression
 from qc.runtime.manifest import GOLDEN, Dim, GoldenCheck, KernelStep
 from qc.runtime.safetensors_file import SafetensorsFile
+from qc.runtime.session import as_float
 from qc.runtime.tables import CheckedKernel, Verification
 
 __all__ = ["verify_program"]
@@ -78,7 +79,8 @@ def run_check(
     found = np.empty_like(expected)
     memory[check.result].read(found)
     shown = ", ".join(f"{name} {value}" for name, value in check.sizes.items())
-    error = relative_error(found, expected)
+    dtype = values[check.result].dtype
+    error = relative_error(as_float(found, dtype), as_float(expected, dtype))
     return CheckedKernel(" + ".join(names), shown, error, check.tolerance, steps[-1].origin)
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qc.backends.region import region_of
+from qc.backends.region import RESULT, region_of
 from qc.backends.triton.jit import Prepared
-from qc.backends.triton.kernel import Call
+from qc.backends.triton.kernel import TYPES, Call
 from qc.backends.triton.linear import stages
 from qc.backends.triton.linear.rule import linear_rule
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
 from qc.ir.node import Node, make
 from qc.ir.quantized import QuantizedTensor, quantize_activation
-from qc.ir.target import parse_machine
+from qc.ir.target import computing, parse_machine
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.dense import dense_weight
 from qc.ir.weights.notation import parse_weights
@@ -26,6 +26,7 @@ from qc.ir.weights.weight import Weight
 
 ROWS = symbol("rows")
 GPU = parse_machine("cuda:sm_90")
+HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 Run = Callable[[Call, Sequence[Any], tuple[int, int]], Tensor]
 """(call, operands, shape of the result) -> the result, on the CPU."""
@@ -44,12 +45,19 @@ class Case:
     epilogue: str = ""
     fast: bool = True
     """With the fast rules; without them, every weight is decoded by itself."""
+    dtype: str = "f16"
 
     def __str__(self) -> str:
         x = "" if self.activation is None else f" int8/{self.activation or 'token'}"
         more = f" {self.epilogue}" if self.epilogue else ""
         slow = "" if self.fast else " decoded"
-        return f"{self.format} {self.outer}x{self.inner} rows {self.rows}{x}{more}{slow}"
+        brain = " bf16" if self.dtype == "bf16" else ""
+        return f"{self.format} {self.outer}x{self.inner} rows {self.rows}{x}{more}{slow}{brain}"
+
+    @property
+    def half(self) -> torch.dtype:
+        """The type of activations."""
+        return HALVES[self.dtype]
 
     @property
     def refused(self) -> bool:
@@ -112,7 +120,7 @@ class Case:
                 continue
             value = torch.randn(self.rows, operand.tensor.shape[-1])
             format = operand.tensor.format
-            found.append(quantize_activation(value, format) if format else value.half())
+            found.append(quantize_activation(value, format) if format else value.to(self.half))
         return found
 
     def error(self, run: Run) -> float:
@@ -120,7 +128,7 @@ class Case:
         weights and activations."""
         torch.manual_seed(0)
         node = self.node()
-        call = call_of(node) if self.fast else decoded_call_of(node)
+        call = call_of(node, self.dtype) if self.fast else decoded_call_of(node)
         values = self.values(node)
         result = run(call, values, (self.rows, self.outer))
         assert isinstance(node.op, Fused)
@@ -131,14 +139,22 @@ class Case:
 
 def interpreted(call: Call, values: Sequence[Any], shape: tuple[int, int]) -> Tensor:
     """Run a call in Triton's interpreter."""
-    result = torch.full(shape, float("nan"), dtype=torch.float16)
+    result = torch.full(shape, float("nan"), dtype=result_dtype(call))
     Prepared(call, values, {"rows": shape[0]}, result).run()
     return result
 
 
-def call_of(node: Node) -> Call:
+def result_dtype(call: Call) -> torch.dtype:
+    """Return the type of the result of a call."""
+    parameters = call.variants[-1].launches[-1].parameters
+    written = (p.type for p in parameters if getattr(p.argument, "operand", None) == RESULT)
+    name = next(written)
+    return next(dtype for dtype, known in TYPES.items() if known == name)
+
+
+def call_of(node: Node, dtype: str = "f16") -> Call:
     """Ask the rule for the call of a fused node."""
-    call = linear_rule(region_of(node, GPU))
+    call = linear_rule(region_of(node, computing(GPU, dtype)))
     assert call is not None, f"the rule does not take {node.op}"
     return call
 

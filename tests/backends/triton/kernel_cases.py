@@ -257,6 +257,9 @@ def attention(
     return case_of(root, values, sizes, seq)
 
 
+HALF_KINDS = ("decode", "prefill", "few", "mask", "embedding", "append")
+"""What the names of cases begin with whose results are stored in half precision."""
+
 CASES: dict[str, Callable[[], Case]] = {
     "rms_norm": partial(rows, lambda x, g: make(ops.RMSNorm(1e-5), x, g)),
     "layer_norm": partial(rows, lambda x, g, b: make(ops.LayerNorm(1e-5), x, g, b), 2),
@@ -308,3 +311,5 @@ CASES: dict[str, Callable[[], Case]] = {
         attention, 5, 0, rotated=False, cached=False, mask=torch.float32, softcap=3.0
     ),
 }  # fmt: skip
+
+HALVES = tuple(name for name in CASES if name.startswith(HALF_KINDS))

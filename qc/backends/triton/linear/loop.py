@@ -16,7 +16,7 @@ from qc.backends.triton.kernel import Scratch
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that are multiplied: `channels` of each, in float16. The kinds:
+    """Rows that are multiplied: `channels` of each, in float16 or bfloat16. The kinds:
 
     rows       [rows, channels], or with before and after a view [.., before, channels, after]
     quantized  int8 codes and float32 scales, one for `group` channels
@@ -259,7 +259,7 @@ def step_width(channels: int, terms: Sequence[Term], least: int) -> int:
 def declare(emission: Emission, source: Source) -> str:
     """Take what a source reads as parameters; return the name of its values."""
     bytes = dict.fromkeys(("quantized", "codes"), torch.int8)
-    dtype = {**bytes, "summed": torch.float32}.get(source.kind, torch.float16)
+    dtype = {**bytes, "summed": torch.float32}.get(source.kind, emission.dtype)
     number = sum(1 for name in emission.parameters if name.startswith("x"))
     return emission.array(f"x{number}", source.values, dtype)
 
@@ -273,7 +273,7 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
             scale = emission.array(f"{x}_scale", source.scale, torch.float32)
             return (
                 f"inputs.quantized_tile({x}, {scale}, rows, places, {at}, {channels}, "
-                f"{source.group}, {unit}, tl.float16)"
+                f"{source.group}, {unit}, {emission.dtype_name})"
             )
         case "selected":
             assert source.index is not None
@@ -283,6 +283,6 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
         case "summed":
             return (
                 f"inputs.summed_tile({x}, places, {at}, ROWS * {channels}, {source.parts}, "
-                f"{channels}, {unit}, tl.float16)"
+                f"{channels}, {unit}, {emission.dtype_name})"
             )
     return f"inputs.tile({x}, places, {at}, {channels}, {source.after}, {unit}, {even})"

@@ -21,9 +21,20 @@ from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, ste
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.stages import TILE_OF_CHAIN, EntriesOf, Stages, Step
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
+from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
 
-DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "int8", "lanes", "products")
+DEVICE = (
+    "bfloat16",
+    "decode",
+    "elementwise",
+    "entries",
+    "fragments",
+    "inputs",
+    "int8",
+    "lanes",
+    "products",
+)
 BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
 """Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
@@ -113,7 +124,7 @@ class LinearLaunches:
         linear, gpu = self.linear, self.linear.region.target.gpu
         bytes = bool(planned.FAST_RULES) and gpu is not None and "int8" in gpu.products
         rows = min(LARGEST, self.bucket or LARGEST)
-        stages = Stages(self.rows, rows, bytes)
+        stages = Stages(self.rows, rows, bytes, half_dtype(linear.region.target))
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
             operand = linear.operand(node.inputs[1])
@@ -125,6 +136,7 @@ class LinearLaunches:
     def emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
         """Begin a function: its tile's rows and outputs."""
         emission = Emission(name, f"{name}: {self.linear.outer} x {self.linear.inner}", DEVICE)
+        emission.dtype = half_dtype(self.linear.region.target)
         emission.prefix = f"{name}_"
         emission.constants |= {"BN": tiling.outputs, "BM": tiling.rows}
         emission.size("ROWS", SizeArgument(self.rows))
@@ -304,7 +316,7 @@ class LinearLaunches:
         for node, acc in zip(self.linear.linears, accs, strict=True):
             epilogue.product(node, acc)
         result = epilogue.value(self.linear.region.root)
-        y = emission.array("y", ArrayArgument(RESULT), torch.float16)
+        y = emission.array("y", ArrayArgument(RESULT), emission.dtype)
         emission.line(f"places = inputs.places(rows, {self.linear.outer}, 1, 1)")
         emission.line(
             f"products.store({y}, {result}, out, places, cell, {self.linear.outer}, 1, BN)"
