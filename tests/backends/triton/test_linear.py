@@ -15,14 +15,14 @@ from qc.backends.triton.compile import compile_launch
 from qc.backends.triton.kernel import Call
 from tests.backends.triton.cases import Case, call_of, result_dtype
 from tests.backends.triton.linear_worker import Interpreter
-from tests.backends.triton.sweep import BUCKETS, SUMS, all_cases, examples
+from tests.backends.triton.sweep import BUCKETS, FP8, SUMS, all_cases, examples
 from tests.needs import needs
 
 TOLERANCE = 2e-3
 """Relative Frobenius error: float16 rounds x, weights and results by 2^-11 at most each."""
 BRAIN_TOLERANCE = 1e-2
 """bfloat16 rounds them by 2^-8."""
-QUICK = (*examples()[::12], *SUMS[:4], SUMS[-1], *BUCKETS[:8:3])
+QUICK = (*examples()[::12], *SUMS[:4], SUMS[-1], *FP8[::2], *BUCKETS[:8:3])
 
 BRAINS = (Case("int8·row", 48, 256, 3), Case("e4m3·row", 48, 256, 3), Case("signs2·g64", 48, 128))
 """Codes that are unpacked to bfloat16 in another way than to float16."""
@@ -73,6 +73,8 @@ def test_every_format_is_right_on_the_gpu(case: Case) -> None:
         driver = find_driver()
         result = torch.full(shape, float("nan"), dtype=result_dtype(call), device="cuda")
         cubin_of = lambda launch: compile_launch(launch, driver.capability)  # noqa: E731
+        if any(each.multiplies_small_floats for v in call.variants for each in v.launches):
+            needs_capability(driver.capability, 89)
         loaded = Loaded(call, values, {"rows": shape[0]}, result, driver, cubin_of)
         torch.cuda.synchronize()
         loaded.run()
@@ -80,6 +82,12 @@ def test_every_format_is_right_on_the_gpu(case: Case) -> None:
         return result.cpu()
 
     assert case.error(run) <= (BRAIN_TOLERANCE if case.dtype == "bf16" else TOLERANCE)
+
+
+def needs_capability(here: int, least: int) -> None:
+    """Skip where the GPU lacks the instructions."""
+    if here < least:
+        pytest.skip(f"the GPU here is sm_{here}; this needs sm_{least}")
 
 
 LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -94,7 +102,7 @@ COMPILED = [*examples(), *SUMS, *map(in_bfloat16, (*examples(), *SUMS))]
 @pytest.mark.parametrize("architecture", LIMITS)
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_every_format_compiles_for_every_architecture(case: Case, architecture: int) -> None:
-    call = call_of(case.node(values=False), case.dtype)
+    call = call_of(case.node(values=False), case.target)
     launches = {each for variant in call.variants for each in variant.launches}
     for launch in launches:
         cubin = compile_launch(launch, architecture)

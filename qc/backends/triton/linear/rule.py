@@ -16,6 +16,7 @@ from qc.backends.triton.linear import tiles
 from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
+from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
@@ -29,6 +30,7 @@ DEVICE = (
     "decode",
     "elementwise",
     "entries",
+    "fp8",
     "fragments",
     "inputs",
     "int8",
@@ -122,9 +124,9 @@ class LinearLaunches:
     def stages(self) -> Stages:
         """Plan the terms of all weights."""
         linear, gpu = self.linear, self.linear.region.target.gpu
-        bytes = bool(planned.FAST_RULES) and gpu is not None and "int8" in gpu.products
+        known = gpu.products if gpu is not None and planned.FAST_RULES else frozenset[str]()
         rows = min(LARGEST, self.bucket or LARGEST)
-        stages = Stages(self.rows, rows, bytes, half_dtype(linear.region.target))
+        stages = Stages(self.rows, rows, known, half_dtype(linear.region.target))
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
             operand = linear.operand(node.inputs[1])
@@ -354,7 +356,7 @@ class LinearLaunches:
         rows = min(LARGEST, 1 << (rows - 1).bit_length())
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
-        bytes = any(isinstance(term, Int8Coded) for term in terms)
+        bytes = any(isinstance(term, Int8Coded | Fp8Coded) for term in terms)
         least = max(rows, LEAST_COPIED // (narrowest * (1 if bytes else 2)))
         if not coded:
             return Tiling(32, least, 4, 2)
@@ -411,7 +413,7 @@ def source_of(linear: LinearRegion) -> Source:
         return Source(ArrayArgument(operand), linear.inner)
     group = min(format.group or linear.inner, linear.inner)
     codes, scale = ArrayArgument(operand, "codes"), ArrayArgument(operand, "scale")
-    return Source(codes, linear.inner, "quantized", scale=scale, group=group)
+    return Source(codes, linear.inner, "quantized", scale=scale, group=group, code=format.code)
 
 
 def linear_rule(region: Region) -> Call | None:

@@ -16,6 +16,7 @@ import torch
 from qc.backends.triton.kernel import Scratch
 from qc.backends.triton.linear.coded import coded_term
 from qc.backends.triton.linear.decoded import Decoded
+from qc.backends.triton.linear.fp8 import fp8_term
 from qc.backends.triton.linear.int8 import int8_term
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place, dtype_of
@@ -72,8 +73,9 @@ class Stages:
     rows: Dim
     tile: int
     """Rows of a tile."""
-    bytes: bool = True
-    """The target's tensor cores multiply int8, and fast rules are wanted."""
+    products: frozenset[str] = frozenset()
+    """What the target's tensor cores multiply, int8 and f8; nothing where no fast rules are
+    wanted."""
     dtype: torch.dtype = torch.float16
     """Of copies, and of what chains leave."""
     steps: list[Step] = field(default_factory=list)
@@ -117,7 +119,9 @@ class Stages:
 
     def add_product(self, acc: str, place: Place, source: Source) -> None:
         """Multiply in the loop: bytes by bytes where both are, else in `dtype`."""
-        term: Term | None = int8_term(place, source) if self.bytes else None
+        term: Term | None = int8_term(place, source) if "int8" in self.products else None
+        if term is None and "f8" in self.products:
+            term = fp8_term(place, source)
         if term is not None:
             source = replace(source, kind="codes")
         elif source.kind == "quantized":
