@@ -89,8 +89,9 @@ def fp8_term(place: Place, source: Source) -> Fp8Coded | None:
     found = coded_term(place)
     if found is None:
         return None
-    row_group = min(source.group, source.channels)
-    if row_group < min(LEAST_GROUP, source.channels) or row_group % found.group:
+    if source.group < source.channels and (
+        source.group < LEAST_GROUP or source.group % found.group
+    ):
         return None
     streams = [part.stream for part in found.parts]
     if any(s is None or s.bits != 8 or s.half != E4M3 for s in streams):
