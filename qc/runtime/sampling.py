@@ -127,7 +127,8 @@ def distances(logits: NDArray[Any], best: Any, sharpness: np.float32) -> NDArray
     operations of float32, rounded as IEEE 754 says, and one that cuts off."""
     with np.errstate(over="ignore"):
         behind = (np.float32(best) - logits) * sharpness
-    return np.minimum(behind, np.float32(FARTHEST)).astype(np.int32)
+    found: NDArray[np.int32] = np.minimum(behind, np.float32(FARTHEST)).astype(np.int32)
+    return found
 
 
 def weights_of(distances: NDArray[np.int32]) -> NDArray[np.int64]:
