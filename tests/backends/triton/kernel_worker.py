@@ -2,8 +2,8 @@
 
 A process of its own, because Triton decides whether it interprets when it is imported, for all of
 its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker` with
-`kernels [DTYPE]`, `model RECIPE FOLDER [CACHE [DTYPE]]`, or `calibrated RECIPE FOLDER SIZES`, SIZES
-being JSON.
+`sampler`, `kernels [DTYPE]`, `model RECIPE FOLDER [CACHE [DTYPE]]`, or `calibrated RECIPE FOLDER
+SIZES`, SIZES being JSON.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ from qc.backends.triton.golden import golden_checks
 from qc.backends.triton.lower import GpuLowering
 from qc.backends.triton.rows import row_rules
 from qc.backends.triton.rules import GPU_RULES
+from qc.backends.triton.sampling import sampler_launches
 from qc.ir.fused import Fused
 from qc.ir.meaning import evaluate_nodes
 from qc.ir.quantized import QuantizedTensor, code_values
 from qc.ir.target import Target, computing, parse_machine
 from qc.passes.calibration import Calibration
+from qc.runtime.cuda.sampling import BLOCK
 from qc.runtime.manifest import Code
 from qc.stages import QuantizedModel, caching, resolve_recipe
 from tests.backends.triton.interpreted_program import InterpretedProgram, check_golden
 from tests.backends.triton.kernel_cases import CASES, HALVES, Case
+from tests.backends.triton.sampled import SAMPLED, Sampled
 from tests.tiny_llama import TEXT
 
 RULES = (*attention_rules, *append_rules, *row_rules, *element_rules)
@@ -133,12 +136,41 @@ def model_errors(quantized: QuantizedModel, dtype: str = "f16") -> dict[str, flo
     return errors
 
 
+def sampler() -> dict[str, float]:
+    """Choose tokens as a GPU would; return the share of them that differ from those chosen here."""
+    random = np.random.default_rng(0)
+    return {str(case): differing(case, random) for case in SAMPLED}
+
+
+def differing(case: Sampled, random: np.random.Generator) -> float:
+    """Run both kernels for three rows of logits."""
+    logits, rows = case.logits(3, random), 3
+    vocabulary = logits.shape[1]
+    blocks = -(-vocabulary // BLOCK)
+    best, ids, chosen = (
+        interpreted.rubbish(shape, dtype)
+        for shape, dtype in (
+            ((rows, blocks), torch.float32), ((rows, blocks), torch.int32), ((rows,), torch.int32)
+        )
+    )  # fmt: skip
+    alive = [True, True, False]
+    settings = case.sampling.settings(np.random.default_rng(5), alive)
+    values, asked = torch.from_numpy(logits), torch.from_numpy(settings)
+    first, second = sampler_launches(vocabulary)
+    interpreted.launch(first, [values, best, ids, 0], {"batch": rows})
+    interpreted.launch(second, [values, best, ids, asked, chosen, 0], {"batch": rows})
+    expected = case.sampling.choose_rows(logits, np.random.default_rng(5), alive, -7)
+    found = [t if going else -7 for t, going in zip(chosen.tolist(), alive, strict=True)]
+    return float(np.mean(np.array(found) != np.array(expected)))
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
     """Run what is asked for."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     runs: dict[str, Callable[..., dict[str, float]]] = {
-        "kernels": kernels, "model": model, "calibrated": calibrated
+        "kernels": kernels, "model": model, "calibrated": calibrated,
+        "sampler": sampler,
     }  # fmt: skip
     return runs[arguments[0]](*arguments[1:])
 
