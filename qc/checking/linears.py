@@ -84,9 +84,10 @@ def require_kernels(graph: Graph, target: Target) -> None:
 def require_int_activations(graph: Graph, target: Target) -> None:
     """Refuse activations of small floats on a CPU: none multiplies them."""
     for node in graph.nodes:
-        format = node.tensor.format if isinstance(node.op, Fused) else None
-        quantizes = format is not None and isinstance(node.op.body.outputs[0].op, ops.Quantize)
-        if format is not None and quantizes and format.kind != "int":
+        if not isinstance(node.op, Fused):
+            continue
+        format, root = node.tensor.format, node.op.body.outputs[0]
+        if isinstance(root.op, ops.Quantize) and format is not None and format.kind != "int":
             raise UnsupportedError(
                 f"no kernel of {target} reads activations of {format.code}: recipe w8 has int8 "
                 "ones, w8a16 leaves them as they are; GPUs from sm_89 on multiply e4m3",
