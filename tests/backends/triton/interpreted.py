@@ -124,5 +124,6 @@ def operand_array(
 
 def relative(found: Any, expected: Tensor) -> float:
     """Return the error, relative in the Frobenius norm."""
-    found, expected = torch.as_tensor(np.asarray(found)).double().reshape(-1), expected.double()
+    found = found if isinstance(found, Tensor) else torch.as_tensor(np.asarray(found))
+    found, expected = found.double().reshape(-1), expected.double()
     return float((found - expected.reshape(-1)).norm() / expected.norm().clamp_min(1e-30))

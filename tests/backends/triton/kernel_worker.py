@@ -30,6 +30,7 @@ from qc.backends.triton.attention import attention_rules
 from qc.backends.triton.convolution import convolution_rules
 from qc.backends.triton.elements import element_rules
 from qc.backends.triton.golden import golden_checks
+from qc.backends.triton.interpret import install
 from qc.backends.triton.lower import GpuLowering
 from qc.backends.triton.rows import row_rules
 from qc.backends.triton.rules import GPU_RULES
@@ -190,6 +191,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     """Run what is asked for."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    install()
     runs: dict[str, Callable[..., dict[str, float]]] = {
         "kernels": kernels, "model": model, "calibrated": calibrated, "diffusion": diffusion,
         "sampler": sampler,

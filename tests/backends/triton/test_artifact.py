@@ -105,8 +105,10 @@ def test_an_artifact_is_complete(target: str, tmp_path: Path) -> None:
         for step in (manifest.steps[number] for number in check.steps)
         if isinstance(step, KernelStep)
     }
-    assert called == manifest.code.keys()
-    assert checked == called  # `qc verify` runs them all
+    assert manifest.generate is not None
+    assert called | set(manifest.generate.sampler) == manifest.code.keys()
+    assert len(manifest.generate.sampler) == 2
+    assert checked == called  # `qc verify` runs them all, and compares what the sampler chooses
     with pytest.raises(ArtifactError, match="runs on an NVIDIA GPU"):
         artifact([1, 2, 3])
 
