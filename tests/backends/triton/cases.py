@@ -12,8 +12,9 @@ from torch import Tensor
 from qc.backends.region import region_of
 from qc.backends.triton.jit import Prepared
 from qc.backends.triton.kernel import Call
-from qc.backends.triton.linear import stages
+from qc.backends.triton.linear import stages, tiles
 from qc.backends.triton.linear.rule import linear_rule
+from qc.backends.triton.linear.tiles import Tiling
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
 from qc.ir.node import Node, make
@@ -44,12 +45,15 @@ class Case:
     epilogue: str = ""
     fast: bool = True
     """With the fast rules; without them, every weight is decoded by itself."""
+    tile: dict[str, int | bool] | None = None
+    """The tile of packed codes, instead of the one that the shape would get."""
 
     def __str__(self) -> str:
         x = "" if self.activation is None else f" int8/{self.activation or 'token'}"
         more = f" {self.epilogue}" if self.epilogue else ""
         slow = "" if self.fast else " decoded"
-        return f"{self.format} {self.outer}x{self.inner} rows {self.rows}{x}{more}{slow}"
+        tile = f" {self.tile}" if self.tile else ""
+        return f"{self.format} {self.outer}x{self.inner} rows {self.rows}{x}{more}{slow}{tile}"
 
     @property
     def refused(self) -> bool:
@@ -115,12 +119,18 @@ class Case:
             found.append(quantize_activation(value, format) if format else value.half())
         return found
 
+    def call(self, node: Node) -> Call:
+        """Ask the rule for the call of a fused node."""
+        if self.tile is not None:
+            return tiled_call_of(node, Tiling(**self.tile))  # type: ignore[arg-type]
+        return call_of(node) if self.fast else decoded_call_of(node)
+
     def error(self, run: Run) -> float:
         """Run the case; return the relative Frobenius error against float64 of the same stored
         weights and activations."""
         torch.manual_seed(0)
         node = self.node()
-        call = call_of(node) if self.fast else decoded_call_of(node)
+        call = self.call(node)
         values = self.values(node)
         result = run(call, values, (self.rows, self.outer))
         assert isinstance(node.op, Fused)
@@ -149,6 +159,15 @@ def widened(value: Any) -> Tensor:
         return value.dequantize().double()
     dense: Tensor = value.dense() if isinstance(value, Weight) else value
     return dense.double()
+
+
+def tiled_call_of(node: Node, tile: Tiling) -> Call:
+    """Ask the rule for a call whose packed codes are multiplied in a tile."""
+    kept, tiles.coded_tilings = tiles.coded_tilings, lambda *_: iter((tile,))  # type: ignore
+    try:
+        return call_of(node)
+    finally:
+        tiles.coded_tilings = kept
 
 
 def decoded_call_of(node: Node) -> Call:

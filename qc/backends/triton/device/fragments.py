@@ -138,11 +138,11 @@ def load(plane, first, start, BLOCKS: tl.constexpr, BITS: tl.constexpr, STEPS: t
 
 
 @triton.jit
-def load_before(plane, first, start, stop, BLOCKS: tl.constexpr, BITS: tl.constexpr,
-                STEPS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """Load words like `load`, unless `start` is not before channel `stop`."""
+def load_where(plane, first, start, more, BLOCKS: tl.constexpr, BITS: tl.constexpr,
+               STEPS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """Load words like `load`, if there are `more`."""
     at = plane + places(first, start, BLOCKS, BITS, STEPS, OUT, LANES)
-    words = tl.load(at, mask=start < stop)
+    words = tl.load(at, mask=more)
     return tl.reshape(words, [OUT * LANES // 16, 8, 4, 2, 2, 2])
 
 
@@ -209,6 +209,12 @@ def ones(OUT: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
 def scaled(acc, product, factor):
     """acc + factor product, one factor an output."""
     return acc + product * factor[:, None].to(tl.float32)
+
+
+@triton.jit
+def weighted(left, factor):
+    """Multiply a left operand by one factor an output."""
+    return left * factor[:, None].to(left.dtype)
 
 
 @triton.jit

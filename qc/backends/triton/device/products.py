@@ -53,19 +53,27 @@ def first_block(cell, SIZE: tl.constexpr):
 
 
 @triton.jit
+def after(cell, PROGRAMS: tl.constexpr, CELLS: tl.constexpr):
+    """Return the tile of outputs that a program works on after `cell`, or the last one, and
+    whether there is one."""
+    return tl.minimum(cell + PROGRAMS, CELLS - 1), cell + PROGRAMS < CELLS
+
+
+@triton.jit
 def first_channel(cell, SIZE: tl.constexpr):
     """Return the first channel of a tile of a copy."""
     return cell * SIZE
 
 
 @triton.jit
-def partial(at, acc, out, rows, cell, part, ROWS, OUT: tl.constexpr, SIZE: tl.constexpr):
-    """Store a partial sum as f32[part, ROWS, OUT]. Rows beyond the last repeat it."""
+def partial(at, acc, out, rows, there, cell, part, ROWS, OUT: tl.constexpr,
+            SIZE: tl.constexpr):  # fmt: skip
+    """Store a partial sum of the rows that are `there` as f32[part, ROWS, OUT]."""
     here = (tl.cast(part, tl.int64) * ROWS + rows[None, :]) * OUT + out[:, None]
     if OUT % SIZE == 0:
-        tl.store(at + here, acc)
+        tl.store(at + here, acc, mask=there[None, :])
     else:
-        tl.store(at + here, acc, mask=inside(cell, SIZE, OUT))
+        tl.store(at + here, acc, mask=inside(cell, SIZE, OUT) & there[None, :])
 
 
 @triton.jit
@@ -97,12 +105,12 @@ def number(at):
 
 
 @triton.jit
-def store(y, acc, out, places, cell, OUT: tl.constexpr, AFTER: tl.constexpr,
+def store(y, acc, out, places, there, cell, OUT: tl.constexpr, AFTER: tl.constexpr,
           SIZE: tl.constexpr):  # fmt: skip
-    """Store a tile of the result. Rows beyond the last repeat it, and get the same values."""
+    """Store the rows of a tile of the result that are `there`."""
     at = y + places[None, :] + (out * AFTER)[:, None]
     value = acc.to(y.dtype.element_ty)
     if OUT % SIZE == 0:
-        tl.store(at, value)
+        tl.store(at, value, mask=there[None, :])
     else:
-        tl.store(at, value, mask=inside(cell, SIZE, OUT))
+        tl.store(at, value, mask=inside(cell, SIZE, OUT) & there[None, :])

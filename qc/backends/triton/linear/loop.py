@@ -65,8 +65,8 @@ class Term(ABC):
 
 @dataclass
 class Loop:
-    """One loop while it is written. `out` holds the outputs of the tile, `block` the number of its
-    first block of 16."""
+    """One loop while it is written. In what it writes, `out` holds the outputs of the tile, `block`
+    the number of its first block of 16."""
 
     source: Source
     width: int
@@ -75,7 +75,10 @@ class Loop:
     """Stretches of channels that a tile holds: see device/lanes.py."""
     registers: bool = False
     """Codes, too, wait in registers, the first ones from before the launches in front end."""
-    block: str = "block"
+    weighted: bool = False
+    """Factors multiply weights, not products."""
+    cells: bool = False
+    """What is repeated is the step of one tile of outputs after another, each of all channels."""
     tiles: list[str] = field(default_factory=list)
     known: dict[str, str] = field(default_factory=dict)
     first: str = "0"
@@ -136,11 +139,15 @@ class Loop:
 
     def loaded_ahead(self, emission: Emission, size: int, number: int, call: str) -> str:
         """Write a load for a group, a step before it is used: a cache miss then costs no time.
-        `call` has {} in place of the group. Triton loads what tensor cores multiply ahead by
-        itself, through shared memory; factors stand behind the product, so they wait in registers.
-        One step, for Triton pipelines no loop that passes values on further."""
-        first = call.format(self.group(self.first, size, number, False))
-        after = call.format(self.group("step + 1", size, number, False))
+        `call` has {out} and {group} in place of the outputs and the group. Triton loads what tensor
+        cores multiply ahead by itself, through shared memory; factors stand behind the product, so
+        they wait in registers. One step, for Triton pipelines no loop that passes values on
+        further."""
+        then = ("0", f"next_{self.out}") if self.cells else ("step + 1", self.out)
+        first, after = (
+            call.format(out=out, group=self.group(step, size, number, False))
+            for step, out in ((self.first, self.out), then)
+        )
         return self.carried(emission, first, after)
 
     def codes_ahead(
@@ -149,15 +156,21 @@ class Loop:
         """Write the loads of the words of a plane from channel `start` of a step on: in registers,
         a step ahead."""
         sizes = f"{sizes}, BN, {self.lanes}"
+        if self.cells:
+            return self.carried(
+                emission,
+                f"fragments.load({name}, block, {start}, {sizes})",
+                f"fragments.load_where({name}, next_block, {start}, more, {sizes})",
+            )
         at, after = (
             self.stored_at(f"({step}) * {self.width} + {start}", columns)
             for step in (self.first, "step + 1")
         )
-        stop = f"({self.last}) * {self.width}"
+        more = f"step + 1 < {self.last}"
         return self.carried(
             emission,
-            f"fragments.load({name}, {self.block}, {at}, {sizes})",
-            f"fragments.load_before({name}, {self.block}, {after}, {stop}, {sizes})",
+            f"fragments.load({name}, block, {at}, {sizes})",
+            f"fragments.load_where({name}, block, {after}, {more}, {sizes})",
         )
 
     def carried(self, emission: Emission, first: str, after: str) -> str:
@@ -166,7 +179,7 @@ class Loop:
         emission.bound += 1
         name, then = f"t{emission.bound}_0", f"t{emission.bound}_1"
         self.ahead.append(f"{name} = {first}")
-        if self.steps > 1:
+        if self.steps > 1 or self.cells:
             self.loads.append(f"{then} = {after}")
             self.moves.append(f"{name} = {then}")
         return name
@@ -188,14 +201,14 @@ class Loop:
 def emit_loop(
     emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int,
     begin: Sequence[str] = (), lanes: int = 1, registers: bool = False, outer: int = 0,
-    unit: int | None = None,
+    unit: int | None = None, weighted: bool = False,
 ) -> None:  # fmt: skip
     """Write the loop over all channels, or over this program's part of them; `least` channels a
     step where there are so many, `unit` at once, or what suits all terms. `begin` are statements
     that stand in front of it, and behind what needs nothing of other launches."""
     width = step_width(source.channels // lanes, [term for _, term in terms], least)
     unit = unit or min(term.unit for _, term in terms)
-    loop = Loop(source, width, unit, lanes, registers)
+    loop = Loop(source, width, unit, lanes, registers, weighted)
     if parts > 1:
         each = -(-loop.steps // parts)
         loop.first = f"part * {each}"

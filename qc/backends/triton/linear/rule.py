@@ -13,6 +13,7 @@ from qc.backends.triton.emit import WHERE, Emission, Role, combined
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear import tiles
+from qc.backends.triton.linear.cells import Cells as OutputCells
 from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
@@ -130,6 +131,7 @@ class LinearLaunches:
         emission.size("ROWS", SizeArgument(self.rows))
         count = "ROWS" if multiple == 1 else f"ROWS * {multiple}"
         emission.line(f"rows = inputs.numbers(tile, BM, {count})")
+        emission.line(f"there = inputs.there(tile, BM, {count})")
         emission.line(f"out = products.outputs(cell, BN, {outer})")
         emission.line("block = products.first_block(cell, BN)")
         return emission
@@ -154,7 +156,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, there, cell, {step.outer}, 1, BN)"
+        )
         return Planned(emission, "copy", tiling, step.outer)
 
     def copy_across(self, step: Step) -> Planned:
@@ -165,7 +169,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.tile_across(tile, BM, {step.outer})")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, BM, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, there, cell, {step.outer}, BM, BN)"
+        )
         return Planned(emission, "across", tiling, step.outer)
 
     def load_copied(self, emission: Emission, source: Source, tiling: Tiling) -> None:
@@ -186,7 +192,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, there, cell, {step.outer}, 1, BN)"
+        )
         return Planned(emission, "entries", tiling, step.outer)
 
     def product(self, step: Step, term: Term) -> Planned:
@@ -202,15 +210,13 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
-            emission.line(
-                f"products.partial({target}, acc0, out, rows, cell, part, ROWS, {step.outer}, BN)"
-            )
+            at = "out, rows, there, cell, part, ROWS"
+            emission.line(f"products.partial({target}, acc0, {at}, {step.outer}, BN)")
         else:
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
-            emission.line(
-                f"products.store({target}, acc0, out, places, cell, {step.outer}, {after}, BN)"
-            )
+            at = f"out, places, there, cell, {step.outer}, {after}"
+            emission.line(f"products.store({target}, acc0, {at}, BN)")
         return Planned(emission, "chain", tiling, step.outer, step.parts, multiple)
 
     @property
@@ -234,7 +240,7 @@ class LinearLaunches:
         for acc in self.accs:
             at = emission.array(f"{acc}_parts", self.partial(acc, parts), torch.float32)
             emission.line(
-                f"products.partial({at}, {acc}, out, rows, cell, part, ROWS, {outer}, BN)"
+                f"products.partial({at}, {acc}, out, rows, there, cell, part, ROWS, {outer}, BN)"
             )
         return Planned(emission, f"linear_{stages.rules}", tiling, outer, parts)
 
@@ -262,6 +268,9 @@ class LinearLaunches:
         else:
             emission = self.emission("linear", tiling, outer, 1)
             begin = []
+            cells = OutputCells(tiling, outer)
+            if len(loops) == 1 and cells.suit(loops[0][0], [term for _, term in loops[0][1]]):
+                return [self.of_cells(stages, cells, *loops[0])]
             if loops:
                 self.emit_products(emission, *loops[0], tiling, 1)
                 loops = loops[1:]
@@ -273,14 +282,41 @@ class LinearLaunches:
         emission.join()
         for line in begin:
             emission.line(line)
-        for number, (acc, added) in enumerate(stages.added):
-            at = emission.array(f"added{number}", added, added.dtype)
-            emission.line(f"{acc} += products.full({at}, out, rows, {outer})")
-        self.emit_epilogue(emission, self.accs)
+        self.emit_end(emission, stages)
         return [
             *launches,
             self.launched(Planned(emission, f"linear_{stages.rules}", tiling, outer)),
         ]
+
+    def of_cells(
+        self, stages: Stages, cells: OutputCells, source: Source, looped: list[tuple[str, Term]]
+    ) -> Launch:
+        """Write the launch whose programs work on one tile of outputs after another."""
+        tiling, lanes = cells.tiling, cells.tiling.lanes
+        emission = self.emission("linear", tiling, cells.outer, 1)
+
+        def end() -> None:
+            if lanes > 1:
+                for acc in self.accs:
+                    emission.line(f"{acc} = lanes.joined({acc}, {lanes})")
+            self.emit_end(emission, stages)
+
+        cells.emit(emission, source, looped, self.cleared(tiling), end)
+        planned = Planned(emission, f"linear_{stages.rules}", tiling, cells.outer)
+        return self.launched(planned, tiling.programs)
+
+    def cleared(self, tiling: Tiling) -> list[str]:
+        """Return the statements that clear all accumulators."""
+        lanes = tiling.lanes
+        size = "BN, BM" if lanes == 1 else f"BN * {lanes}, BM * {lanes}"
+        return [f"{acc} = products.zeros({size})" for acc in self.accs]
+
+    def emit_end(self, emission: Emission, stages: Stages) -> None:
+        """Write what follows the main loop: what was computed beside it, then the epilogue."""
+        for number, (acc, added) in enumerate(stages.added):
+            at = emission.array(f"added{number}", added, added.dtype)
+            emission.line(f"{acc} += products.full({at}, out, rows, {self.linear.outer})")
+        self.emit_epilogue(emission, self.accs)
 
     def emit_products(
         self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
@@ -288,11 +324,9 @@ class LinearLaunches:
     ) -> None:  # fmt: skip
         """Write the loop over the channels of x: accumulators from zero to their sums."""
         lanes = tiling.lanes
-        size = "BN, BM" if lanes == 1 else f"BN * {lanes}, BM * {lanes}"
-        begin = [f"{acc} = products.zeros({size})" for acc in self.accs]
         emit_loop(
-            emission, source, looped, parts, tiling.width, begin, lanes, tiling.registers,
-            self.linear.outer, tiling.unit,
+            emission, source, looped, parts, tiling.width, self.cleared(tiling), lanes,
+            tiling.registers, self.linear.outer, tiling.unit, tiling.weighted,
         )  # fmt: skip
         if lanes > 1:
             for acc in self.accs:
@@ -305,19 +339,21 @@ class LinearLaunches:
             epilogue.product(node, acc)
         result = epilogue.value(self.linear.region.root)
         y = emission.array("y", ArrayArgument(RESULT), torch.float16)
-        emission.line(f"places = inputs.places(rows, {self.linear.outer}, 1, 1)")
+        emission.line(f"target = inputs.places(rows, {self.linear.outer}, 1, 1)")
         emission.line(
-            f"products.store({y}, {result}, out, places, cell, {self.linear.outer}, 1, BN)"
+            f"products.store({y}, {result}, out, target, there, cell, {self.linear.outer}, 1, BN)"
         )
 
-    def launched(self, planned: Planned) -> Launch:
-        """Close a function that has a launch of its own."""
+    def launched(self, planned: Planned, programs: int | None = None) -> Launch:
+        """Close a function that has a launch of its own: of `programs` for all tiles of outputs, or
+        one for each."""
         emission, tiling = planned.emission, planned.tiling
         self.repack |= emission.repack
         for axis, name in reversed(list(enumerate(WHERE))):
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
         rows = Cells(as_dim(self.rows * planned.multiple), tiling.rows)
-        grid = rows, Cells(planned.outer, tiling.outputs), Cells(planned.parts)
+        cells = Cells(programs) if programs else Cells(planned.outer, tiling.outputs)
+        grid = rows, cells, Cells(planned.parts)
         return emission.launch(
             planned.rule, grid, tiling.warps, tiling.stages, tiling.most_registers
         )

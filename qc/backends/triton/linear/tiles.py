@@ -26,6 +26,12 @@ class Tiling:
     """Among how many programs the channels are split, where that is no question of the shape."""
     unit: int | None = None
     """Channels that are multiplied at once where groups have so many; None: what terms like."""
+    programs: int | None = None
+    """Of a launch, where each is to work on several tiles one after the other: see cells.py."""
+    weighted: bool = False
+    """Weights are multiplied by their factors before tensor cores take them, rounded to float16:
+    for many rows that is less work than to multiply products, and sums need not leave tensor
+    cores between groups."""
 
 
 MANY_OUTPUTS = 8192
