@@ -75,7 +75,7 @@ def of_cells(rows: int, outer: int, inner: int) -> Iterator[Tiling]:
         ((8, 16, 8), (16, 16, 16), (4, 32, 8), (8, 32, 16)), (1, 2, 3), (64, 128), (None, 80)
     ):
         programs, width = times * MULTIPROCESSORS, inner // lanes
-        held = lanes * outputs * width // (256 * warps)
+        held = lanes * outputs * width // (1024 * warps)
         if most is not None and (times < 3 or warps > 8):
             continue
         if warps * times > 32 or held > 16 or rows * lanes > 32 or outer <= outputs * programs:
@@ -93,7 +93,7 @@ def of_some_rows(rows: int, inner: int) -> Iterator[Tiling]:
     for (lanes, outputs, warps), width, weighted in product(
         LANES_OF_SOME, (256, 512, 1024), (False, True)
     ):
-        held = lanes * outputs * width // (256 * warps)
+        held = lanes * outputs * width // (1024 * warps)
         if inner % (lanes * width) == 0 and held <= 16:
             unit = 128 if weighted else 64
             yield Tiling(outputs, rows, warps, 3, width, lanes, True, None, 1, unit, None, weighted)

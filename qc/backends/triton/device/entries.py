@@ -13,16 +13,22 @@ def longest(start, stop):
 
 
 @triton.jit
-def outliers(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
-             TOGETHER: tl.constexpr):  # fmt: skip
-    """Add value x[column] of single entries, TOGETHER of a row at once. Channels of x are APART.
-    Entries are loaded a turn ahead."""
-    OUT: tl.constexpr = acc.shape[0]
-    ROWS: tl.constexpr = places.shape[0]
+def first(start, stop, columns, values, TOGETHER: tl.constexpr):
+    """Load the first TOGETHER columns and values of each row."""
     entry = start[:, None] + tl.arange(0, TOGETHER)[None, :]
     inside = entry < stop[:, None]
     column = tl.load(columns + entry, mask=inside, other=0)
-    value = tl.load(values + entry, mask=inside, other=0.0)
+    return column, tl.load(values + entry, mask=inside, other=0.0)
+
+
+@triton.jit
+def outliers(acc, x, places, start, stop, columns, values, column, value, APART: tl.constexpr,
+             TOGETHER: tl.constexpr):  # fmt: skip
+    """Add value x[column] of single entries, TOGETHER of a row at once; the `first` ones are there.
+    Channels of x are APART. Entries are loaded a turn ahead."""
+    OUT: tl.constexpr = acc.shape[0]
+    ROWS: tl.constexpr = places.shape[0]
+    entry = start[:, None] + tl.arange(0, TOGETHER)[None, :]
     total = tl.zeros([OUT, TOGETHER, ROWS], tl.float32)
     for _ in range(0, longest(start, stop), TOGETHER):
         entry += TOGETHER
@@ -34,6 +40,23 @@ def outliers(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
         total += value.to(tl.float32)[:, :, None] * found
         column, value = next_column, next_value
     return acc + tl.sum(total, 1)
+
+
+@triton.jit
+def outliers_of_rows(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
+                     TOGETHER: tl.constexpr):  # fmt: skip
+    """Add value x[column] of single entries to many rows, which are neighbours in x: a thread adds
+    up all entries of its rows, so that nothing is left to reduce."""
+    entry = start
+    for _ in range(0, longest(start, stop), TOGETHER):
+        for number in tl.static_range(TOGETHER):
+            inside = entry + number < stop
+            column = tl.load(columns + entry + number, mask=inside, other=0).to(tl.int32)
+            value = tl.load(values + entry + number, mask=inside, other=0.0).to(tl.float32)
+            found = tl.load(x + places[None, :] + (column * APART)[:, None])
+            acc += value[:, None] * found.to(tl.float32)
+        entry += TOGETHER
+    return acc
 
 
 @triton.jit

@@ -201,26 +201,30 @@ class Loop:
 def emit_loop(
     emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int,
     begin: Sequence[str] = (), lanes: int = 1, registers: bool = False, outer: int = 0,
-    unit: int | None = None, weighted: bool = False,
+    unit: int | None = None, weighted: bool = False, early: Sequence[str] = (),
+    loaded: Loop | None = None,
 ) -> None:  # fmt: skip
     """Write the loop over all channels, or over this program's part of them; `least` channels a
-    step where there are so many, `unit` at once, or what suits all terms. `begin` are statements
-    that stand in front of it, and behind what needs nothing of other launches."""
+    step where there are so many, `unit` at once, or what suits all terms. `early` and `begin` are
+    statements that stand in front of it: where nothing is needed of other launches, and behind.
+    `loaded` is what `load_alone` returned."""
     width = step_width(source.channels // lanes, [term for _, term in terms], least)
     unit = unit or min(term.unit for _, term in terms)
-    loop = Loop(source, width, unit, lanes, registers, weighted)
+    loop = loaded or Loop(source, width, unit, lanes, registers, weighted)
+    each = -(-loop.steps // parts)
     if parts > 1:
-        each = -(-loop.steps // parts)
         loop.first = f"part * {each}"
         loop.last = f"tl.minimum(part * {each} + {each}, {loop.steps})"
     else:
         loop.first, loop.last = "0", str(loop.steps)
-    if loop.steps == 1 and parts == 1:
-        emission.line("k = 0")
+    alone = each == 1 and (loop.steps == 1 or not registers)
+    if alone:
+        emission.line(f"k = part * {width}" if parts > 1 else "k = 0")
+    if alone and loaded is None:
         for _, term in terms:
             term.load(emission, loop)
     x = declare(emission, source)
-    looped, before = loop.steps > 1, emission.lines
+    looped, before = loop.steps > 1 and not (alone and parts > 1), emission.lines
     emission.lines, emission.depth = [], emission.depth + looped
     for start in range(0, width, loop.unit):
         tile = tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)
@@ -232,7 +236,7 @@ def emit_loop(
     body, emission.lines, emission.depth = emission.lines, before, emission.depth - looped
     if lanes > 1:
         emission.line(f"lane_out = lanes.outputs(cell, BN, {outer}, {lanes})")
-    for line in loop.ahead:
+    for line in (*loop.ahead, *early):
         emission.line(line)
     emission.begin()
     if isinstance(source.values, Scratch):
@@ -244,13 +248,28 @@ def emit_loop(
         emission.line(f"for step in tl.range({loop.first}, {loop.last}):")
         emission.depth += 1
     else:
-        emission.line("step = 0")
+        emission.line("step = part" if parts > 1 else "step = 0")
     if looped or parts > 1:
         emission.line(f"k = step * {width}")
     for line in loop.loads:
         emission.line(line)
     emission.lines += body
     emission.depth -= looped
+
+
+def load_alone(
+    emission: Emission, source: Source, terms: Sequence[tuple[str, Term]]
+) -> Loop | None:  # fmt: skip
+    """Write the loads of a loop of one step that can stand far in front of it; None where there are
+    more steps."""
+    width = step_width(source.channels, [term for _, term in terms], 0)
+    if width < source.channels:
+        return None
+    loop = Loop(source, width, min(term.unit for _, term in terms))
+    emission.line("k = 0")
+    for _, term in terms:
+        term.load(emission, loop)
+    return loop
 
 
 def places_of(source: Source, lanes: int) -> str:

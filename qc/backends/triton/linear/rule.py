@@ -9,22 +9,34 @@ import torch
 
 from qc.backends.linear_region import LinearRegion, match_linear
 from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgument
-from qc.backends.triton.emit import WHERE, Emission, Role, combined
+from qc.backends.triton.emit import WHERE, Emission, combined
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear import tiles
 from qc.backends.triton.linear.cells import Cells as OutputCells
 from qc.backends.triton.linear.coded import Coded
-from qc.backends.triton.linear.entries import emit_entries, outputs_of
+from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
+from qc.backends.triton.linear.finished import FinishedAlone, Loops
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
-from qc.backends.triton.linear.stages import TILE_OF_CHAIN, EntriesOf, Stages, Step
+from qc.backends.triton.linear.planned import Planned
+from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
 from qc.ir.types import Dim, as_dim
 
-DEVICE = ("decode", "elementwise", "entries", "fragments", "inputs", "int8", "lanes", "products")
+DEVICE = (
+    "decode",
+    "elementwise",
+    "entries",
+    "fragments",
+    "inputs",
+    "int8",
+    "lanes",
+    "products",
+    "turns",
+)
 BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
 """Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
 fill the 4 bytes that an asynchronous copy takes at least, and tensor cores pad to 8 anyway; 8 rows
@@ -41,29 +53,6 @@ LONG_LOOP = 16
 """Steps of a loop that takes longer than a second launch, which adds up what parts leave."""
 LEAST_STEPS, LEAST_STEPS_OF_MANY = 2, 8
 """Steps of the loop that a part has at least, for few rows and for many."""
-
-
-Loops = list[tuple[Source, list[tuple[str, Term]]]]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A function that is written, and the programs that run it."""
-
-    emission: Emission
-    rule: str
-    tiling: Tiling
-    outer: int
-    parts: int = 1
-    multiple: int = 1
-
-    def holds(self, bucket: int | None) -> bool:
-        """Whether one tile holds all rows of a bucket, so that others may share the launch."""
-        return self.multiple == 1 and bucket is not None and bucket <= self.tiling.rows
-
-    @property
-    def role(self) -> Role:
-        return Role(self.emission, -(-self.outer // self.tiling.outputs), self.parts)
 
 
 @dataclass
@@ -88,6 +77,8 @@ class LinearLaunches:
     def variant(self) -> Variant:
         """Return all launches, in order."""
         stages = self.stages()
+        if (alone := FinishedAlone.of(self, stages)) is not None:
+            return Variant(self.bucket, tuple(alone.launches()))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -203,7 +194,7 @@ class LinearLaunches:
         multiple = source.before * source.after
         tiling = self.tiling([term], multiple)
         if step.parts > 1:
-            tiling = replace(tiling, width=TILE_OF_CHAIN, stages=3)
+            tiling = replace(tiling, width=step.width, stages=3)
         emission = self.emission("step", tiling, step.outer, multiple)
         emission.line("acc0 = products.zeros(BN, BM)")
         emit_loop(emission, source, [("acc0", term)], step.parts, tiling.width)
@@ -282,7 +273,7 @@ class LinearLaunches:
         emission.join()
         for line in begin:
             emission.line(line)
-        self.emit_end(emission, stages)
+        self.emit_end(emission, stages.added)
         return [
             *launches,
             self.launched(Planned(emission, f"linear_{stages.rules}", tiling, outer)),
@@ -299,7 +290,7 @@ class LinearLaunches:
             if lanes > 1:
                 for acc in self.accs:
                     emission.line(f"{acc} = lanes.joined({acc}, {lanes})")
-            self.emit_end(emission, stages)
+            self.emit_end(emission, stages.added)
 
         cells.emit(emission, source, looped, self.cleared(tiling), end)
         planned = Planned(emission, f"linear_{stages.rules}", tiling, cells.outer)
@@ -311,26 +302,49 @@ class LinearLaunches:
         size = "BN, BM" if lanes == 1 else f"BN * {lanes}, BM * {lanes}"
         return [f"{acc} = products.zeros({size})" for acc in self.accs]
 
-    def emit_end(self, emission: Emission, stages: Stages) -> None:
+    def emit_end(self, emission: Emission, added: Sequence[tuple[str, Scratch]]) -> None:
         """Write what follows the main loop: what was computed beside it, then the epilogue."""
-        for number, (acc, added) in enumerate(stages.added):
-            at = emission.array(f"added{number}", added, added.dtype)
+        for number, (acc, scratch) in enumerate(added):
+            at = emission.array(f"added{number}", scratch, scratch.dtype)
             emission.line(f"{acc} += products.full({at}, out, rows, {self.linear.outer})")
         self.emit_epilogue(emission, self.accs)
 
     def emit_products(
         self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
-        parts: int,
+        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (), early: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """Write the loop over the channels of x: accumulators from zero to their sums."""
+        """Write the loop over the channels of x: accumulators from zero to their sums; `entries` of
+        x are multiplied in front of it. `early` is what can be loaded before x is there."""
         lanes = tiling.lanes
+        single = self.bucket == 1  # all rows of a tile are one
+        rows, tile = ("entry_rows", replace(tiling, rows=1)) if single else ("rows", tiling)
+        loops = [EntryLoop(emission, work, tile, rows) for _, work in entries]
+
+        def load() -> None:
+            for loop in loops:
+                loop.emit_first()
+
+        def multiply() -> None:
+            for line in self.cleared(tiling):
+                emission.line(line)
+            if single and loops:
+                emission.line("entry_rows = inputs.numbers(tile, 1, ROWS)")
+            for number, loop in enumerate(loops):
+                emission.line(f"extra{number} = products.zeros(BN, {tile.rows})")
+                loop.emit_products(f"extra{number}")
+
+        for loop in loops:
+            loop.emit_bounds()
+        early = [*emission.written(load), *early]
         emit_loop(
-            emission, source, looped, parts, tiling.width, self.cleared(tiling), lanes,
-            tiling.registers, self.linear.outer, tiling.unit, tiling.weighted,
+            emission, source, looped, parts, tiling.width, emission.written(multiply), lanes,
+            tiling.registers, self.linear.outer, tiling.unit, tiling.weighted, early,
         )  # fmt: skip
         if lanes > 1:
             for acc in self.accs:
                 emission.line(f"{acc} = lanes.joined({acc}, {lanes})")
+        for number, (acc, _) in enumerate(entries):
+            emission.line(f"{acc} += extra{number}")
 
     def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
         """Write what follows the products, and the store."""

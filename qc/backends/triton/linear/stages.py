@@ -34,6 +34,9 @@ MOST_PARTS = 8
 MOST_PARTIAL = 512
 """Rows of partial sums of a chain, of all parts: every program of the main launch adds them up."""
 FEW_ROWS = 4
+WIDTHS_AT_ONCE, MOST_AT_ONCE, MOST_WAITING = (128, 256, 512), 24, 64
+"""For few rows, a part of a chain of up to MOST_WAITING channels is one step, which is loaded
+before x is there: as narrow as leaves MOST_AT_ONCE parts to add up."""
 MOST_ROWS, MOST_ROWS_OF_GROUPS = 64, 16
 """Rows that single entries, and groups of up to 64, are multiplied by at a time."""
 
@@ -63,6 +66,8 @@ class Step:
     parts: int = 1
     tile: int = 0
     """Rows of a tile of a copy across."""
+    width: int = TILE_OF_CHAIN
+    """Channels of a step of a chain that is split into parts."""
 
 
 @dataclass
@@ -171,6 +176,10 @@ class Stages:
         alone = source.before == source.after == 1
         most = max(2, min(MOST_PARTS, MOST_PARTIAL // self.tile))
         parts = min(most, -(-place.inner // LONG_CHAIN)) if alone else 1
+        width = TILE_OF_CHAIN
+        if alone and self.tile <= FEW_ROWS and place.outer <= MOST_WAITING and parts > 1:
+            width = next(w for w in WIDTHS_AT_ONCE if place.inner <= w * MOST_AT_ONCE or w == 512)
+            parts = -(-place.inner // width)
         channels = source.before * place.outer * source.after
         shape, dtype = (self.rows, channels), torch.float16
         if parts > 1:
@@ -178,8 +187,8 @@ class Stages:
         target = Scratch(f"step{len(self.steps)}", dtype, shape)
         term = multiplied(place)
         if isinstance(term, Decoded) and parts > 1:
-            term = replace(term, size=TILE_OF_CHAIN)
-        self.steps.append(Step(source, term, place.outer, target, parts))
+            term = replace(term, size=width)
+        self.steps.append(Step(source, term, place.outer, target, parts, width=width))
         kind = "summed" if parts > 1 else "rows"
         return Source(target, channels, kind, parts=parts)
 
