@@ -49,6 +49,9 @@ HIDDEN_POINTERS = 2
 SLOT = 16
 """Bytes from one size in memory to the next: kernels count on addresses that are multiples."""
 _FIRST_TO_OVERLAP = 90
+TURNS = ".turns"
+"""What zeros beside a weight are called in which programs count: a launch writes them."""
+
 _RUNS_BEFORE_GRAPH = 1
 """A call that came once may not come again; recording one costs about as much as running it."""
 
@@ -416,9 +419,11 @@ class LaunchWriter:
         def spans(indices: Sequence[int], late: bool) -> tuple[Span, ...]:
             return tuple(self.span(i) for i in indices if (i in step.late) == late)
 
+        values = self.program.manifest.values
+        counted = [i for i in step.reads if values[i].kind == "weight" and TURNS in values[i].name]
         return Access(
-            spans(step.reads, False), spans(step.writes, False),
-            spans(step.reads, True), spans(step.writes, True),
+            spans(step.reads, False), spans((*step.writes, *counted), False),
+            spans(step.reads, True), spans((*step.writes, *counted), True),
         )  # fmt: skip
 
     def span(self, index: int) -> tuple[int, int]:

@@ -212,12 +212,6 @@ def scaled(acc, product, factor):
 
 
 @triton.jit
-def weighted(left, factor):
-    """Multiply a left operand by one factor an output."""
-    return left * factor[:, None].to(left.dtype)
-
-
-@triton.jit
 def scaled_alike(acc, product, factor):
     """acc + factor product, one factor for all outputs."""
     return acc + product * factor

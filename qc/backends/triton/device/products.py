@@ -58,13 +58,6 @@ def first_block(cell, SIZE: tl.constexpr):
 
 
 @triton.jit
-def after(cell, PROGRAMS: tl.constexpr, CELLS: tl.constexpr):
-    """Return the tile of outputs that a program works on after `cell`, or the last one, and
-    whether there is one."""
-    return tl.minimum(cell + PROGRAMS, CELLS - 1), cell + PROGRAMS < CELLS
-
-
-@triton.jit
 def first_channel(cell, SIZE: tl.constexpr):
     """Return the first channel of a tile of a copy."""
     return cell * SIZE

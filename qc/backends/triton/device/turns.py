@@ -1,7 +1,7 @@
-"""Programs of one launch that wait for each other: zeros in memory, in which they count.
+"""Programs of one launch that finish a tile together: zeros in memory, in which they count.
 
-What must be waited for has the lower program numbers: GPUs begin programs in that order, so it is
-running, or has run, when somebody waits. Whoever comes last leaves zeros for the next launch.
+Nobody waits. Whoever comes last sees what the others have stored, and leaves zeros for the next
+launch.
 """
 
 from __future__ import annotations
@@ -19,21 +19,3 @@ def last(turns, cell, COUNT: tl.constexpr):
     if found:
         tl.store(turns + cell, 0)
     return found
-
-
-@triton.jit
-def done(turns, AT: tl.constexpr):
-    """Say that this program has stored what others wait for."""
-    tl.debug_barrier()
-    tl.atomic_add(turns + AT, 1)
-
-
-@triton.jit
-def wait(turns, AT: tl.constexpr, COUNT: tl.constexpr, WAITING: tl.constexpr):
-    """Wait for COUNT programs to be done; WAITING tiles do so."""
-    while tl.atomic_add(turns + AT, 0) < COUNT:
-        pass
-    if tl.atomic_add(turns + AT + 1, 1) == WAITING - 1:
-        tl.store(turns + AT, 0)
-        tl.store(turns + AT + 1, 0)
-    tl.debug_barrier()

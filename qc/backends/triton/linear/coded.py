@@ -115,14 +115,11 @@ class Coded(Term):
             factors = self.factors(emission, loop, part)
             for number, factor in enumerate(factors):
                 start = number * self.group
-                alike = part.factor is None or not depends_on(part.factor, ROW)
-                if loop.weighted and part.stream is not None and factor is not None and not alike:
-                    self.product(emission, loop, part.stream, start, acc, factor)
-                    continue
                 value = self.value(emission, loop, part, start)
                 if factor is None:
                     emission.line(f"{acc} += {value}")
                 else:
+                    alike = part.factor is None or not depends_on(part.factor, ROW)
                     kind = "scaled_alike" if alike else "scaled"
                     emission.line(f"{acc} = fragments.{kind}({acc}, {value}, {factor})")
 
@@ -142,16 +139,12 @@ class Coded(Term):
         turned, repacked = transposed(self.place, part.factor)
         raw = isinstance(turned, Load)
         name, arrays = self.place.function(emission, turned, (ROW, GROUP), repacked, raw)
-        call = f"{name}({{out}}, {{group}}{arrays})"
+        call = f"{name}({loop.out}, {{}}{arrays})"
         return [loop.loaded_ahead(emission, self.group, n, call) for n in range(groups)]
 
-    def product(
-        self, emission: Emission, loop: Loop, stream: Stream, start: int,
-        acc: str | None = None, factor: str | None = None,
-    ) -> str:  # fmt: skip
-        """Write the product of the codes of a group with x; return its name. With an accumulator,
-        add the product of the codes times a factor to it instead."""
-        result = acc
+    def product(self, emission: Emission, loop: Loop, stream: Stream, start: int) -> str:
+        """Write the product of the codes of a group with x; return its name."""
+        result = None
         for at in range(start, start + self.group, loop.unit):
             runs = [
                 self.digits(emission, loop, stream, run) for run in range(at, at + loop.unit, RUN)
@@ -160,10 +153,6 @@ class Coded(Term):
             kind = {1: "left", 2: "left64", 4: "left128"}[len(runs)]
             left = emission.bind(f"fragments.{kind}({flat}, {loop.size})")
             x = loop.x(at)
-            if acc is not None:
-                left = emission.bind(f"fragments.weighted({left}, {factor})")
-                emission.line(f"{acc} = fragments.more({acc}, {left}, {x})")
-                continue
             call = f"product({left}, {x})" if result is None else f"more({result}, {left}, {x})"
             result = emission.bind(f"fragments.{call}")
         assert result is not None

@@ -15,6 +15,8 @@ MOST_TOGETHER = 64
 UNROLLED = 8
 """Entries of an output that a thread asks for at once, for rows that are neighbours."""
 FEW_ROWS, MANY_ROWS = 4, 32
+MULTIPROCESSORS = 132
+"""Of an H200: with fewer tiles than that, smaller ones keep more of them busy."""
 WIDE, NARROW = 64, 16
 """Outputs of a tile, for fewer than MANY_ROWS rows and from there on: measured on an H200."""
 
@@ -28,7 +30,8 @@ def together(tile: Tiling) -> int:
 
 def outputs_of(each: EntriesOf) -> int:
     """Return the outputs of a tile."""
-    return WIDE if each.entries.width == 1 and each.tile < MANY_ROWS else NARROW
+    few = each.across and each.place.outer < WIDE * MULTIPROCESSORS
+    return WIDE if each.entries.width == 1 and each.tile < MANY_ROWS and not few else NARROW
 
 
 def width_of(each: EntriesOf) -> int:

@@ -75,10 +75,6 @@ class Loop:
     """Stretches of channels that a tile holds: see device/lanes.py."""
     registers: bool = False
     """Codes, too, wait in registers, the first ones from before the launches in front end."""
-    weighted: bool = False
-    """Factors multiply weights, not products."""
-    cells: bool = False
-    """What is repeated is the step of one tile of outputs after another, each of all channels."""
     tiles: list[str] = field(default_factory=list)
     known: dict[str, str] = field(default_factory=dict)
     first: str = "0"
@@ -139,15 +135,11 @@ class Loop:
 
     def loaded_ahead(self, emission: Emission, size: int, number: int, call: str) -> str:
         """Write a load for a group, a step before it is used: a cache miss then costs no time.
-        `call` has {out} and {group} in place of the outputs and the group. Triton loads what tensor
-        cores multiply ahead by itself, through shared memory; factors stand behind the product, so
-        they wait in registers. One step, for Triton pipelines no loop that passes values on
-        further."""
-        then = ("0", f"next_{self.out}") if self.cells else ("step + 1", self.out)
-        first, after = (
-            call.format(out=out, group=self.group(step, size, number, False))
-            for step, out in ((self.first, self.out), then)
-        )
+        `call` has {} in place of the group. Triton loads what tensor cores multiply ahead by
+        itself, through shared memory; factors stand behind the product, so they wait in registers.
+        One step, for Triton pipelines no loop that passes values on further."""
+        first = call.format(self.group(self.first, size, number, False))
+        after = call.format(self.group("step + 1", size, number, False))
         return self.carried(emission, first, after)
 
     def codes_ahead(
@@ -156,12 +148,6 @@ class Loop:
         """Write the loads of the words of a plane from channel `start` of a step on: in registers,
         a step ahead."""
         sizes = f"{sizes}, BN, {self.lanes}"
-        if self.cells:
-            return self.carried(
-                emission,
-                f"fragments.load({name}, block, {start}, {sizes})",
-                f"fragments.load_where({name}, next_block, {start}, more, {sizes})",
-            )
         at, after = (
             self.stored_at(f"({step}) * {self.width} + {start}", columns)
             for step in (self.first, "step + 1")
@@ -179,7 +165,7 @@ class Loop:
         emission.bound += 1
         name, then = f"t{emission.bound}_0", f"t{emission.bound}_1"
         self.ahead.append(f"{name} = {first}")
-        if self.steps > 1 or self.cells:
+        if self.steps > 1:
             self.loads.append(f"{then} = {after}")
             self.moves.append(f"{name} = {then}")
         return name
@@ -201,16 +187,14 @@ class Loop:
 def emit_loop(
     emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int,
     begin: Sequence[str] = (), lanes: int = 1, registers: bool = False, outer: int = 0,
-    unit: int | None = None, weighted: bool = False, early: Sequence[str] = (),
-    loaded: Loop | None = None,
+    unit: int | None = None, early: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write the loop over all channels, or over this program's part of them; `least` channels a
     step where there are so many, `unit` at once, or what suits all terms. `early` and `begin` are
-    statements that stand in front of it: where nothing is needed of other launches, and behind.
-    `loaded` is what `load_alone` returned."""
+    statements that stand in front of it: where nothing is needed of other launches, and behind."""
     width = step_width(source.channels // lanes, [term for _, term in terms], least)
     unit = unit or min(term.unit for _, term in terms)
-    loop = loaded or Loop(source, width, unit, lanes, registers, weighted)
+    loop = Loop(source, width, unit, lanes, registers)
     each = -(-loop.steps // parts)
     if parts > 1:
         loop.first = f"part * {each}"
@@ -220,7 +204,6 @@ def emit_loop(
     alone = each == 1 and (loop.steps == 1 or not registers)
     if alone:
         emission.line(f"k = part * {width}" if parts > 1 else "k = 0")
-    if alone and loaded is None:
         for _, term in terms:
             term.load(emission, loop)
     x = declare(emission, source)
@@ -255,21 +238,6 @@ def emit_loop(
         emission.line(line)
     emission.lines += body
     emission.depth -= looped
-
-
-def load_alone(
-    emission: Emission, source: Source, terms: Sequence[tuple[str, Term]]
-) -> Loop | None:  # fmt: skip
-    """Write the loads of a loop of one step that can stand far in front of it; None where there are
-    more steps."""
-    width = step_width(source.channels, [term for _, term in terms], 0)
-    if width < source.channels:
-        return None
-    loop = Loop(source, width, min(term.unit for _, term in terms))
-    emission.line("k = 0")
-    for _, term in terms:
-        term.load(emission, loop)
-    return loop
 
 
 def places_of(source: Source, lanes: int) -> str:

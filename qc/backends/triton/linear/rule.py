@@ -13,7 +13,6 @@ from qc.backends.triton.emit import WHERE, Emission, combined
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear import tiles
-from qc.backends.triton.linear.cells import Cells as OutputCells
 from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
@@ -78,7 +77,7 @@ class LinearLaunches:
         """Return all launches, in order."""
         stages = self.stages()
         if (alone := FinishedAlone.of(self, stages)) is not None:
-            return Variant(self.bucket, tuple(alone.launches()))
+            return Variant(self.bucket, (self.launched(alone.launch()),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -259,9 +258,6 @@ class LinearLaunches:
         else:
             emission = self.emission("linear", tiling, outer, 1)
             begin = []
-            cells = OutputCells(tiling, outer)
-            if len(loops) == 1 and cells.suit(loops[0][0], [term for _, term in loops[0][1]]):
-                return [self.of_cells(stages, cells, *loops[0])]
             if loops:
                 self.emit_products(emission, *loops[0], tiling, 1)
                 loops = loops[1:]
@@ -279,23 +275,6 @@ class LinearLaunches:
             self.launched(Planned(emission, f"linear_{stages.rules}", tiling, outer)),
         ]
 
-    def of_cells(
-        self, stages: Stages, cells: OutputCells, source: Source, looped: list[tuple[str, Term]]
-    ) -> Launch:
-        """Write the launch whose programs work on one tile of outputs after another."""
-        tiling, lanes = cells.tiling, cells.tiling.lanes
-        emission = self.emission("linear", tiling, cells.outer, 1)
-
-        def end() -> None:
-            if lanes > 1:
-                for acc in self.accs:
-                    emission.line(f"{acc} = lanes.joined({acc}, {lanes})")
-            self.emit_end(emission, stages.added)
-
-        cells.emit(emission, source, looped, self.cleared(tiling), end)
-        planned = Planned(emission, f"linear_{stages.rules}", tiling, cells.outer)
-        return self.launched(planned, tiling.programs)
-
     def cleared(self, tiling: Tiling) -> list[str]:
         """Return the statements that clear all accumulators."""
         lanes = tiling.lanes
@@ -311,10 +290,10 @@ class LinearLaunches:
 
     def emit_products(
         self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
-        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (), early: Sequence[str] = (),
+        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (),
     ) -> None:  # fmt: skip
         """Write the loop over the channels of x: accumulators from zero to their sums; `entries` of
-        x are multiplied in front of it. `early` is what can be loaded before x is there."""
+        x are multiplied in front of it."""
         lanes = tiling.lanes
         single = self.bucket == 1  # all rows of a tile are one
         rows, tile = ("entry_rows", replace(tiling, rows=1)) if single else ("rows", tiling)
@@ -335,10 +314,10 @@ class LinearLaunches:
 
         for loop in loops:
             loop.emit_bounds()
-        early = [*emission.written(load), *early]
+        early = emission.written(load)
         emit_loop(
             emission, source, looped, parts, tiling.width, emission.written(multiply), lanes,
-            tiling.registers, self.linear.outer, tiling.unit, tiling.weighted, early,
+            tiling.registers, self.linear.outer, tiling.unit, early,
         )  # fmt: skip
         if lanes > 1:
             for acc in self.accs:
@@ -358,16 +337,14 @@ class LinearLaunches:
             f"products.store({y}, {result}, out, target, there, cell, {self.linear.outer}, 1, BN)"
         )
 
-    def launched(self, planned: Planned, programs: int | None = None) -> Launch:
-        """Close a function that has a launch of its own: of `programs` for all tiles of outputs, or
-        one for each."""
+    def launched(self, planned: Planned) -> Launch:
+        """Close a function that has a launch of its own."""
         emission, tiling = planned.emission, planned.tiling
         self.repack |= emission.repack
         for axis, name in reversed(list(enumerate(WHERE))):
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
         rows = Cells(as_dim(self.rows * planned.multiple), tiling.rows)
-        cells = Cells(programs) if programs else Cells(planned.outer, tiling.outputs)
-        grid = rows, cells, Cells(planned.parts)
+        grid = rows, Cells(planned.outer, tiling.outputs), Cells(planned.parts)
         return emission.launch(
             planned.rule, grid, tiling.warps, tiling.stages, tiling.most_registers
         )

@@ -34,9 +34,11 @@ MOST_PARTS = 8
 MOST_PARTIAL = 512
 """Rows of partial sums of a chain, of all parts: every program of the main launch adds them up."""
 FEW_ROWS = 4
-WIDTHS_AT_ONCE, MOST_AT_ONCE, MOST_WAITING = (128, 256, 512), 24, 64
-"""For few rows, a part of a chain of up to MOST_WAITING channels is one step, which is loaded
-before x is there: as narrow as leaves MOST_AT_ONCE parts to add up."""
+SOME_ROWS, MOST_OUTPUTS = 16, 64
+AT_ONCE, MOST_AT_ONCE = 256, 24
+"""Up to SOME_ROWS rows and MOST_OUTPUTS outputs, a part of a chain is one step of AT_ONCE channels,
+which is loaded before x is there; of twice as many where that were more than MOST_AT_ONCE parts. A
+step that waits for memory takes 1.5 us, and what waits for four of them as much."""
 MOST_ROWS, MOST_ROWS_OF_GROUPS = 64, 16
 """Rows that single entries, and groups of up to 64, are multiplied by at a time."""
 
@@ -177,8 +179,8 @@ class Stages:
         most = max(2, min(MOST_PARTS, MOST_PARTIAL // self.tile))
         parts = min(most, -(-place.inner // LONG_CHAIN)) if alone else 1
         width = TILE_OF_CHAIN
-        if alone and self.tile <= FEW_ROWS and place.outer <= MOST_WAITING and parts > 1:
-            width = next(w for w in WIDTHS_AT_ONCE if place.inner <= w * MOST_AT_ONCE or w == 512)
+        if parts > 1 and self.tile <= SOME_ROWS and place.outer <= MOST_OUTPUTS:
+            width = AT_ONCE if place.inner <= AT_ONCE * MOST_AT_ONCE else 2 * AT_ONCE
             parts = -(-place.inner // width)
         channels = source.before * place.outer * source.after
         shape, dtype = (self.rows, channels), torch.float16

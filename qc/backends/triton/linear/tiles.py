@@ -26,12 +26,6 @@ class Tiling:
     """Among how many programs the channels are split, where that is no question of the shape."""
     unit: int | None = None
     """Channels that are multiplied at once where groups have so many; None: what terms like."""
-    programs: int | None = None
-    """Of a launch, where each is to work on several tiles one after the other: see cells.py."""
-    weighted: bool = False
-    """Weights are multiplied by their factors before tensor cores take them, rounded to float16:
-    for many rows that is less work than to multiply products, and sums need not leave tensor
-    cores between groups."""
 
 
 MANY_OUTPUTS = 8192
@@ -61,8 +55,11 @@ def coded_tilings(
                 if wide
                 else Tiling(64, LARGEST, 4, 3, 256, registers=True)
             )
-        elif rows <= 16 and bits == 4:
-            yield Tiling(64, 16, 4, 3, 256, registers=True)  # 16 columns cost less than 4
+        elif rows <= 16 and bits == 4:  # 16 columns cost less than 4
+            if outer >= MANY_OUTPUTS and group >= MANY and rows > 4 and inner % 512 == 0:
+                yield Tiling(64, 16, 4, 3, 512, registers=True, unit=MANY)
+            unit = MANY if inner > outer and group >= MANY else None
+            yield Tiling(64, 16, 4, 3, 256, registers=True, unit=unit)
         elif bits == 4 and inner > outer and rows > 32:
             yield Tiling(128, rows, 8, 3, 128, registers=True)
         elif bits == 4:
