@@ -106,7 +106,7 @@ class Explanation:
             {
                 "layer": layer.name,
                 "stored": layer.stored,
-                "bits": f"{layer.bits_before:.0f} > {layer.bits:.2f}",
+                "bits": f"{layer.bits_before:.0f} → {layer.bits:.2f}",
                 "weight error": layer.weight_error,
                 "output error": layer.output_error,
                 "KL": layer.divergence,
@@ -138,7 +138,7 @@ class Explanation:
     def headline(self) -> str:
         """Say in two lines what was measured."""
         lines = [
-            f"{len(self.layers)} layers, {self.bits_before:.2f} > {self.bits:.2f} bits a weight; "
+            f"{len(self.layers)} layers, {self.bits_before:.2f} → {self.bits:.2f} bits a weight; "
             f"errors of outputs on {self.tokens:,} tokens"
         ]
         if self.divergence is not None:

@@ -187,7 +187,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        if tag not in ("meta", "line"):
+        if tag not in ("meta", "line", "wbr"):
             self.open.append(tag)
         self.loaded += [str(v) for name, v in attrs if name in ("src", "href", "srcset", "data")]
 
@@ -211,6 +211,17 @@ def test_the_page_stands_alone(rounded: tuple[Graph, Explanation]) -> None:
     assert page.tags.count("rect") == 3 * 14 + 1
     assert page.tags.count("tr") == 15
     assert found.layers[0].name in text
+
+
+def test_the_page_has_a_column_for_every_pass_that_loses_something() -> None:
+    format = "int2·g16·min"
+    _, found = explained(ClipWeights(format), INT2)
+    text = explanation_page(found)
+    assert '<th class="number">output error, clip_weights</th>' in text
+    assert '<th class="number">output error, round_to_nearest</th>' in text
+    steps = next(layer.steps for layer in found.layers if len(layer.steps) == 2)
+    cells = [f'<td class="number">{step.output_error:.4g}</td>' for step in steps]
+    assert "".join(cells) in text
 
 
 def test_the_page_escapes_names(rounded: tuple[Graph, Explanation]) -> None:

@@ -7,13 +7,15 @@ calibrate on and 32 windows, more than 16,000 predicted tokens, and is kept unde
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.campaign import Bench, Job, open_bench, read_results, run_all
+from benchmarks.accuracy import WINDOWS
+from benchmarks.campaign import SAMPLES, Bench, Job, open_bench, read_results, run_all
 from benchmarks.claims import (
     CAUSES,
     CLAIMS,
@@ -28,7 +30,9 @@ from qc.passes.recipes import PUBLISHED, RECIPES
 from real_model import BUILD, MODEL
 from tests.needs import needs
 
-RECORDED = Path(__file__).parents[2] / "benchmarks" / "measured" / "claims.jsonl"
+ROOT = Path(__file__).parents[2]
+RECORDED = ROOT / "benchmarks" / "measured" / "claims.jsonl"
+GUIDE = ROOT / "docs" / "calibration.md"
 MEASURED = BUILD / "claims.jsonl"
 
 
@@ -57,6 +61,54 @@ def test_what_was_recorded_agrees_or_has_a_cause(claim: Claim) -> None:
     if found is None:
         pytest.skip("not recorded yet: make test-claims measures it")
     assert found.holds != (claim.text in CAUSES), str(found)
+
+
+def test_recorded_results_are_of_the_configurations_of_today() -> None:
+    decisive = {name for claim in CLAIMS for name in claim.names}
+    lines = [each for each in read_results(RECORDED) if each["name"] in decisive]
+    for seed in (0, 1):
+        looked = {name for name in decisive if needs_data(name)} if seed else decisive
+        assert {each["name"] for each in lines if each["seed"] == seed} >= looked
+    for line in lines:
+        # Activations had no kind but this one when some lines were written.
+        known = [repr(one).replace(", kind='int'", "") for one in CONFIGURATIONS[line["name"]]]
+        assert [text.replace(", kind='int'", "") for text in line["passes"]] == known
+        assert (line["samples"], line["windows"]) == (SAMPLES, WINDOWS)
+
+
+def test_the_guide_prints_what_was_recorded() -> None:
+    rows = {}
+    for line in GUIDE.read_text(encoding="utf-8").splitlines():
+        found = re.fullmatch(r"\| `(\w+)` \| (.+) \| (holds|fails): (.+) \|", line)
+        if found is not None:
+            seeds = [tuple(re.findall(r"[\d.]+", row)) for row in found[4].split(";")]
+            rows[found[1], found[2]] = (found[3], seeds)
+    verdicts = {
+        (each.claim.recipe, each.claim.text): (
+            "holds" if each.holds else "fails",
+            # Once where both seeds give the same, as without data.
+            list(dict.fromkeys(tuple(f"{abs(v):.2f}" for v in row) for row in each.figures)),
+        )
+        for each in recorded().values()
+    }
+    assert rows == verdicts
+
+
+def test_the_table_of_recipes_prints_what_was_recorded() -> None:
+    named = {
+        "gptq": "gptq3", "awq": "awq3", "smoothquant_plus": "smoothquant+3", "adadim": "adadim3",
+        "lorc": "lorc3 rank 8", "gwq": "gwq3", "squeezellm": "squeezellm3", "claq": "claq3",
+        "spqr": "spqr", "svdquant": "svdquant", "w3": "w3",
+    }  # fmt: skip
+    row = re.compile(r"\| `(\w+)` \| .+ \| ([\d.]+) \| ([\d.]+) \|")
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    printed = {found[1]: (found[2], found[3]) for line in lines if (found := row.fullmatch(line))}
+    first = {each["name"]: each for each in read_results(RECORDED) if each["seed"] == 0}
+    results = {recipe: first[name] for recipe, name in named.items()}
+    assert printed == {
+        recipe: (f"{each['bits']['blocks']:.2f}", f"{each['perplexity']:.2f}")
+        for recipe, each in results.items()
+    }
 
 
 def test_an_order_must_hold_with_every_seed() -> None:

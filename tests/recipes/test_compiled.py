@@ -36,6 +36,11 @@ SIZES = {
     "w2": {},
 }
 
+EIGHT_BITS = ("w4", "w3", "w2")
+"""Recipes whose activations are codes of 8 bits on the way between kernels."""
+CODES = 2e-2
+"""A code on the other side of a border is off by one in 127: decision 008."""
+
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> CapturedModel:
@@ -68,7 +73,7 @@ def test_the_gpu_form_computes_what_the_quantized_graph_means(
     golden = {name: error for name, error in found.items() if name.startswith("golden")}
     assert len(golden) > 15
     assert {name: error for name, error in golden.items() if not error <= 1} == {}
-    assert max(found["prompt"], found["steps"]) <= MODEL
+    assert max(found["prompt"], found["steps"]) <= (CODES if recipe in EIGHT_BITS else MODEL)
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ from qc.ir.weights.expression import (
     Load,
     Sum,
     ToFloat,
-    children,
     walk,
 )
 from qc.ir.weights.weight import ArraySpec
@@ -162,7 +161,7 @@ def free(expr: Expr) -> set[Index]:
     """Return the indices that an expression reads, but for those that its sums count."""
     if isinstance(expr, Index):
         return {expr}
-    found = set().union(*map(free, children(expr))) if children(expr) else set()
+    found = set().union(*map(free, expr.operands))
     return found - {expr.index} if isinstance(expr, Sum) else found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qc.backends.triton.append import append_rules
 from qc.backends.triton.attention import attention_rules
+from qc.backends.triton.convolution import convolution_rules
 from qc.backends.triton.elements import element_rules
 from qc.backends.triton.kernel import KernelRule
 from qc.backends.triton.linear.rule import linear_rule
@@ -13,6 +14,7 @@ GPU_RULES: tuple[KernelRule, ...] = (
     linear_rule,
     *attention_rules,
     *append_rules,
+    *convolution_rules,
     *row_rules,
     *element_rules,
 )

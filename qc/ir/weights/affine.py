@@ -18,7 +18,6 @@ from qc.ir.weights.expression import (
     Index,
     arith,
     rebuild,
-    walk,
 )
 
 Sizes = Mapping[Index, int]
@@ -70,6 +69,8 @@ def simplify(expr: Expr, sizes: Sizes) -> Expr:
 
 def affine_of(expr: Expr, sizes: Sizes) -> Affine | None:
     """View an expression of indices alone as affine; None for anything else."""
+    if not expr.counts:
+        return None
     match expr:
         case Const(int(value)):
             return Affine((), value)
@@ -135,4 +136,4 @@ def divided(value: Affine, by: int, sizes: Sizes) -> tuple[Affine, Affine]:
 
 def depends_on(expr: Expr, index: Index) -> bool:
     """Say whether an expression reads an index."""
-    return index in walk(expr)
+    return index in expr.indices

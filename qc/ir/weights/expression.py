@@ -9,15 +9,63 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expr:
-    """An expression; operators build larger ones, ints become constants."""
+    """An expression; operators build larger ones, ints become constants.
+
+    Equal ones are equal by structure. They are keys of many tables, so what is asked of them there
+    is worked out once, while what their operands answer is known: so a deep one needs no deep
+    stack.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("hashed", "indices", "reads", "counts"):
+            getattr(self, name)
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """What equal expressions, and no others, have in common."""
+        return (type(self), *(getattr(self, field.name) for field in fields(self)))
+
+    @cached_property
+    def hashed(self) -> int:
+        return hash(self.key)
+
+    def __hash__(self) -> int:
+        return self.hashed
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Expr) and self.hashed == other.hashed and self.key == other.key
+
+    @cached_property
+    def operands(self) -> tuple[Expr, ...]:
+        """The expressions that it is made of."""
+        found: list[object] = []
+        for part in self.key:
+            found.extend(part if isinstance(part, tuple) else (part,))
+        return tuple(each for each in found if isinstance(each, Expr))
+
+    @cached_property
+    def indices(self) -> frozenset[Index]:
+        """All indices inside."""
+        return frozenset[Index]().union(*(operand.indices for operand in self.operands))
+
+    @cached_property
+    def reads(self) -> bool:
+        """Say whether it reads a stored array."""
+        return any(operand.reads for operand in self.operands)
+
+    @cached_property
+    def counts(self) -> bool:
+        """Say whether it is made of indices and integer constants alone."""
+        return False
 
     def __add__(self, other: Expr | int) -> Expr:
         return arith("add", self, other)
@@ -47,12 +95,20 @@ class Expr:
         return arith("shl", self, other)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Index(Expr):
     """An integer that the reader knows (i32): the row or the column of the element, the number
     of a stored entry and the place inside it, or what a `Sum` counts."""
 
     axis: str
+
+    @cached_property
+    def counts(self) -> bool:
+        return True
+
+    @cached_property
+    def indices(self) -> frozenset[Index]:
+        return frozenset({self})
 
     def __str__(self) -> str:
         return self.axis
@@ -64,32 +120,34 @@ class Const(Expr):
 
     value: int | float
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Const) and self.key == other.key
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        return Const, type(self.value), self.value
 
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    @property
-    def key(self) -> tuple[type, int | float]:
-        return type(self.value), self.value
+    @cached_property
+    def counts(self) -> bool:
+        return isinstance(self.value, int)
 
     def __str__(self) -> str:
         return str(self.value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Load(Expr):
     """An element of a stored array; integers widen to i32, floats to f32."""
 
     array: str
     index: tuple[Expr, ...]
 
+    @cached_property
+    def reads(self) -> bool:
+        return True
+
     def __str__(self) -> str:
         return f"{self.array}[{', '.join(map(str, self.index))}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Code(Expr):
     """The unsigned integer in `width` bits from bit `position` on of the bytes array[index, :].
 
@@ -101,12 +159,16 @@ class Code(Expr):
     position: Expr
     width: int
 
+    @cached_property
+    def reads(self) -> bool:
+        return True
+
     def __str__(self) -> str:
         row = "".join(f"{i}, " for i in self.index)
         return f"{self.array}[{row}bits {self.position} for {self.width}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arith(Expr):
     """A binary operation on two i32 or two f32 values; comparisons give 0 or 1 (i32)."""
 
@@ -114,11 +176,15 @@ class Arith(Expr):
     left: Expr
     right: Expr
 
+    @cached_property
+    def counts(self) -> bool:
+        return self.left.counts and self.right.counts
+
     def __str__(self) -> str:
         return f"({self.left} {SIGNS[self.kind]} {self.right})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ToFloat(Expr):
     """i32 -> f32, by value."""
 
@@ -128,7 +194,7 @@ class ToFloat(Expr):
         return f"float({self.value})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AsFloat(Expr):
     """i32 -> f32, the same 32 bits."""
 
@@ -138,7 +204,7 @@ class AsFloat(Expr):
         return f"bits_as_float({self.value})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AsHalf(Expr):
     """i32 -> f32: the low 16 bits are a float16, widened exactly."""
 
@@ -148,7 +214,7 @@ class AsHalf(Expr):
         return f"bits_as_half({self.value})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum(Expr):
     """The sum of `body` (f32) for `index` from `start` up to, not including, `stop`."""
 
@@ -343,17 +409,8 @@ def walk(expr: Expr) -> list[Expr]:
         node = stack.pop()
         if node not in found:
             found[node] = None
-            stack.extend(children(node))
+            stack.extend(node.operands)
     return list(found)
-
-
-def children(expr: Expr) -> tuple[Expr, ...]:
-    """Return the operands of one node."""
-    found: list[Any] = []
-    for field in fields(expr):
-        value = getattr(expr, field.name)
-        found.extend(value if isinstance(value, tuple) else (value,))
-    return tuple(each for each in found if isinstance(each, Expr))
 
 
 def is_structural(expr: Expr) -> bool:

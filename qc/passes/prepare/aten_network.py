@@ -71,10 +71,14 @@ def matrix_product(call: Call, a: Node, b: Node) -> Node:
 
 
 def product(call: Call, a: Node, b: Node) -> Node:
-    """Multiply with `MatMul`; vectors become matrices for it."""
+    """Multiply with `MatMul`; vectors become matrices for it. An outer product has no sums: `Binary`.
+
+    Rotary tables are outer products in transformers before 5.18.
+    """
     left = a if a.tensor.rank > 1 else call.reshape(a, (1, *a.tensor.shape))
     right = b if b.tensor.rank > 1 else call.reshape(b, (*b.tensor.shape, 1))
-    result = call.make(ops.MatMul(), left, right)
+    outer = left.tensor.shape[-1] == right.tensor.shape[-2] == 1
+    result = call.make(ops.Binary("mul") if outer else ops.MatMul(), left, right)
     shape = list(result.tensor.shape)
     if a.tensor.rank == 1:
         del shape[-2]

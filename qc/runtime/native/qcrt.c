@@ -33,6 +33,8 @@ enum {
   QC_SPINS_A_LOOK = 64,   /* pauses between two looks at the clock, or two yields */
   QC_TASKS_A_THREAD = 8,  /* of a launch, where that does not make more than... */
   QC_MANY_TASKS = 32,     /* claims of one counter, one after another */
+  QC_SHARES = 16,         /* where in a word of tickets the share of a claim is */
+  QC_MOST_TASKS = 0xffff,
 };
 
 /* Nanoseconds that a thread spins before it sleeps. The gap between two kernels is well below what a
@@ -178,8 +180,9 @@ typedef struct qc_pool {
   void *closure;
   qc_group group;
 
-  /* The number of the launch, above the count of its tasks that nobody has claimed: one word, so that
-   * a thread that was away for some launches cannot claim a task that it has not seen. */
+  /* The number of the launch, above the share of what is left that a claim takes (1 / that), above the
+   * count of its tasks that nobody has claimed: one word, so that a thread that was away for some
+   * launches cannot claim a task that it has not seen. */
   _Alignas(QC_LINE) _Atomic uint64_t tickets;
   /* Tasks of the launch that are not done. Decremented and read in an order that passes on what the
    * tasks wrote to the launching thread, which may sleep on it. */
@@ -246,14 +249,21 @@ static void qc_raise_generation(qc_pool *pool) {
     qc_futex(&pool->generation, FUTEX_WAKE, INT32_MAX);
 }
 
-/* Claim a task of the launch at hand; -1 where none is left. */
-static int qc_claim(qc_pool *pool) {
+/* Claim tasks of the launch at hand: fewer and fewer, since each claim moves a cache line between
+ * CPUs, and the last ones make up for who is late. Return how many, from `first` on; 0 where none is
+ * left. */
+static uint32_t qc_claim(qc_pool *pool, int *first) {
   uint64_t tickets = atomic_load_explicit(&pool->tickets, memory_order_acquire);
-  while ((uint32_t)tickets)
-    if (atomic_compare_exchange_weak_explicit(&pool->tickets, &tickets, tickets - 1,
-                                              memory_order_acquire, memory_order_acquire))
-      return pool->group.num_task - (int)(uint32_t)tickets;
-  return -1;
+  for (uint32_t left, count; (left = tickets & QC_MOST_TASKS);) {
+    count = left / (tickets >> QC_SHARES & QC_MOST_TASKS);
+    if (!count) count = 1;
+    if (atomic_compare_exchange_weak_explicit(&pool->tickets, &tickets, tickets - count,
+                                              memory_order_acquire, memory_order_acquire)) {
+      *first = pool->group.num_task - (int)left;
+      return count;
+    }
+  }
+  return 0;
 }
 
 static void qc_do_task(qc_pool *pool, int task_id) {
@@ -266,10 +276,11 @@ static void qc_do_task(qc_pool *pool, int task_id) {
 
 /* Do tasks of the launch at hand until none is left to claim. */
 static void qc_help(qc_pool *pool) {
-  for (int task_id; (task_id = qc_claim(pool)) >= 0;) {
-    qc_do_task(pool, task_id);
+  int first;
+  for (uint32_t count; (count = qc_claim(pool, &first));) {
+    for (uint32_t i = 0; i < count; i++) qc_do_task(pool, first + (int)i);
     /* seq_cst as in qc_raise_generation: the last one sees that the launcher sleeps, or it sees 0 */
-    if (atomic_fetch_sub_explicit(&pool->unfinished, 1, memory_order_seq_cst) == 1 &&
+    if (atomic_fetch_sub_explicit(&pool->unfinished, count, memory_order_seq_cst) == count &&
         atomic_load_explicit(&pool->launcher_sleeps, memory_order_seq_cst))
       qc_futex(&pool->unfinished, FUTEX_WAKE, 1);
   }
@@ -368,7 +379,8 @@ static int qc_launch(qc_pool *pool, qc_task task, void *closure, int num_task) {
   } else {
     uint32_t tasks = (uint32_t)pool->group.num_task;
     atomic_store_explicit(&pool->unfinished, tasks, memory_order_relaxed);
-    uint64_t tickets = (uint64_t)++pool->launches << 32 | tasks;
+    uint32_t shares = pool->group.sync ? QC_MOST_TASKS : (uint32_t)pool->count + 2;
+    uint64_t tickets = (uint64_t)++pool->launches << 32 | shares << QC_SHARES | tasks;
     atomic_store_explicit(&pool->tickets, tickets, memory_order_release);
     qc_raise_generation(pool);
     qc_help(pool);

@@ -13,19 +13,17 @@ import pytest
 from qc.backends.tvm.build import compile_kernels
 from qc.backends.tvm.linear.rule import linear_rule
 from qc.ir.target import ARMS
-from qc.ir.weights.grouped import GroupedFormat
-from tests.backends.tvm.linear.cases import G32, Case, compile_cases
+from tests.backends.tvm.linear.cases import G32, Case, compile_cases, term
 from tests.needs import needs
 
 PRODUCTS = {"sdot": 16, "smmla": 32, "smlal": 8, "smull": 8, "smlal2": 8, "smull2": 8}
 """Products of one instruction."""
 
-CASES = {
-    "int4·g32·min": GroupedFormat(4, 32, "minimum"),
-    "int8·g32": GroupedFormat(8, 32),
-    "int3·g32·min": GroupedFormat(3, 32, "minimum"),
-    "int2·g32·min": GroupedFormat(2, 32, "minimum"),
+FORMATS = {
+    "w4": "int4·g32·min·scale(uint8·row)·minimum(uint8·row)",
+    **{text: text for text in ("int4·g32·min", "int8·g32", "int3·g32·min", "int2·g32·min")},
 }
+"""Formats by name: that of the recipe w4, and others."""
 MACHINES = {"rpi5": "cortex-a76", "graviton3": "neoverse-v1"}
 
 
@@ -33,11 +31,11 @@ MACHINES = {"rpi5": "cortex-a76", "graviton3": "neoverse-v1"}
 def assembly(machine: str) -> dict[str, list[str]]:
     """Return the lines of every kernel, by format."""
     target = ARMS[machine]
-    cases = [Case(576, 576, (format,), G32) for format in CASES.values()]
+    cases = [Case(576, 576, (term(text),), G32) for text in FORMATS.values()]
     kernels = compile_cases(linear_rule, cases, target)
     named = {f"k{number}": kernel for number, kernel in enumerate(kernels)}
     text = compile_kernels(named, target).inspect_source("asm")
-    found: dict[str, list[str]] = {name: [] for name in CASES}
+    found: dict[str, list[str]] = {name: [] for name in FORMATS}
     current: list[str] | None = None
     for line in text.splitlines():
         start = re.match(
@@ -45,7 +43,7 @@ def assembly(machine: str) -> dict[str, list[str]]:
         )
         number = re.search(r"k(\d+)", line) if start else None
         if number:
-            current = found[list(CASES)[int(number[1])]]
+            current = found[list(FORMATS)[int(number[1])]]
         if current is not None:
             current.append(line.split("//")[0].strip())
     return found
@@ -81,7 +79,7 @@ def product_loops(machine: str, format: str) -> list[list[str]]:
 
 
 @pytest.mark.fast_rules
-@pytest.mark.parametrize("format", CASES)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_loops_multiply_load_and_spill_as_they_should(machine: str, format: str) -> None:
     target = ARMS[machine]
@@ -107,7 +105,7 @@ def test_cycles_are_the_stored_ones(golden: Callable[[str, str], None]) -> None:
     assert release
     lines = []
     for machine, cpu in MACHINES.items():
-        for format in CASES:
+        for format in FORMATS:
             for loop in product_loops(machine, format):
                 names = [name for name in PRODUCTS if count(loop, name)]
                 cycles = cycles_of(loop, cpu) / products_of(loop)

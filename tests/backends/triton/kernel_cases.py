@@ -257,6 +257,17 @@ def attention(
     return case_of(root, values, sizes, seq)
 
 
+def convolved(
+    op: ops.Conv2d, image: tuple[int, int, int], filters: tuple[int, int, int, int], bias: bool
+) -> Case:
+    """A convolution of a batch of images [channels, height, width]."""
+    x, weight = value("x", BATCH, *image), value("w", *filters)
+    values = {x: torch.randn(2, *image), weight: torch.randn(filters)}
+    more = [value("b", filters[0])] if bias else []
+    values |= {each: torch.randn(filters[0]) for each in more}
+    return case_of(make(op, x, weight, *more), values, SIZES)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "rms_norm": partial(rows, lambda x, g: make(ops.RMSNorm(1e-5), x, g)),
     "layer_norm": partial(rows, lambda x, g, b: make(ops.LayerNorm(1e-5), x, g, b), 2),
@@ -293,6 +304,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "prefill e4m3": partial(attention, 70, 9, causal=True, code="e4m3"),
     "quantize to e4m3": partial(quantized_norm, None, 56, "e4m3"),
     "rope": rope,
+    "convolution, patches": partial(
+        convolved, ops.Conv2d((2, 2)), (4, 16, 16), (70, 4, 2, 2), True
+    ),
+    "convolution, padded": partial(
+        convolved, ops.Conv2d((2, 1), (1, 2), (1, 2)), (5, 9, 11), (7, 5, 3, 3), False
+    ),
+    "convolution in groups": partial(
+        convolved, ops.Conv2d(padding=(1, 1), groups=3), (9, 7, 6), (6, 3, 3, 3), True
+    ),
     "decode": partial(attention, 1, 100, causal=True),
     "decode, first token": partial(attention, 1, 0, causal=True),
     "decode, a head each": partial(attention, 2, 70, heads=(3, 3), causal=True),

@@ -2,7 +2,8 @@
 
 A process of its own, because Triton decides whether it interprets when it is imported, for all of
 its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker` with
-`kernels`, `model RECIPE FOLDER [CACHE]`, or `calibrated RECIPE FOLDER SIZES`, SIZES being JSON.
+`kernels`, `model RECIPE FOLDER [CACHE]`, `calibrated RECIPE FOLDER SIZES`, SIZES being JSON, or
+`diffusion RECIPE`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qc.backends.artifact import ArtifactFacts
 from qc.backends.triton.append import append_rules
 from qc.backends.triton.artifact import manifest_of
 from qc.backends.triton.attention import attention_rules
+from qc.backends.triton.convolution import convolution_rules
 from qc.backends.triton.elements import element_rules
 from qc.backends.triton.golden import golden_checks
 from qc.backends.triton.lower import GpuLowering
@@ -42,7 +44,7 @@ from tests.backends.triton.interpreted_program import InterpretedProgram, check_
 from tests.backends.triton.kernel_cases import CASES, Case
 from tests.tiny_llama import TEXT
 
-RULES = (*attention_rules, *append_rules, *row_rules, *element_rules)
+RULES = (*attention_rules, *append_rules, *convolution_rules, *row_rules, *element_rules)
 
 
 def small_target() -> Target:
@@ -94,8 +96,36 @@ def calibrated(recipe: str, folder: str, sizes: str) -> dict[str, float]:
     return model_errors(captured.quantize(recipe, calibration=data, **json.loads(sizes)))
 
 
+def diffusion(recipe: str) -> dict[str, float]:
+    """Run a diffusion transformer with planted outliers, after calibration on noised images."""
+    from tests.recipes.diffusion import noised, planted
+
+    data = Calibration([noised(4, 100 + n)[0] for n in range(16)])
+    quantized = qc.trace(planted(), noised(2, 1)[0]).quantize(recipe, calibration=data)
+    running, errors = interpreted_model(quantized)
+    given, _ = noised(2, 999)
+    expected = quantized(**given)["sample"]
+    found = running.artifact()(**{name: value.numpy() for name, value in given.items()})
+    return {**errors, "sample": interpreted.relative(found, expected)}
+
+
 def model_errors(quantized: QuantizedModel) -> dict[str, float]:
     """Run the golden checks, a prompt, and tokens one by one, against the graph."""
+    running, errors = interpreted_model(quantized)
+    ids = [1, 5, 200, 7, 9, 30, 4, 4, 100, 12, 13]
+    expected = quantized(input_ids=torch.tensor([ids]))["logits"][0]
+    artifact = running.artifact()
+    errors["prompt"] = interpreted.relative(artifact(ids), expected)
+    session = artifact.session()
+    found = [session.prefill(ids[:-3]), *(session.step(i) for i in ids[-3:])]
+    errors["steps"] = interpreted.relative(np.concatenate(found), expected[-4:])
+    return errors
+
+
+def interpreted_model(
+    quantized: QuantizedModel,
+) -> tuple[InterpretedProgram, dict[str, float]]:
+    """Return a model in the interpreter, and the errors of its golden checks."""
     target = small_target()
     lowering = GpuLowering(quantized.lower(target).graph, target, GPU_RULES)
     program = lowering.run()
@@ -119,14 +149,7 @@ def model_errors(quantized: QuantizedModel) -> dict[str, float]:
             check_golden(running, golden.arrays, check) / check.tolerance
         for number, check in enumerate(manifest.golden)
     }  # fmt: skip
-    ids = [1, 5, 200, 7, 9, 30, 4, 4, 100, 12, 13]
-    expected = quantized(input_ids=torch.tensor([ids]))["logits"][0]
-    artifact = running.artifact()
-    errors["prompt"] = interpreted.relative(artifact(ids), expected)
-    session = artifact.session()
-    found = [session.prefill(ids[:-3]), *(session.step(i) for i in ids[-3:])]
-    errors["steps"] = interpreted.relative(np.concatenate(found), expected[-4:])
-    return errors
+    return running, errors
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -134,7 +157,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     runs: dict[str, Callable[..., dict[str, float]]] = {
-        "kernels": kernels, "model": model, "calibrated": calibrated
+        "kernels": kernels, "model": model, "calibrated": calibrated, "diffusion": diffusion
     }  # fmt: skip
     return runs[arguments[0]](*arguments[1:])
 

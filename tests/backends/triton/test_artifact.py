@@ -13,6 +13,7 @@ import qc
 from qc.backends.triton.append import append_rules
 from qc.backends.triton.attention import attention_rules
 from qc.backends.triton.compile import compile_launch, inspect
+from qc.backends.triton.convolution import convolution_rules
 from qc.backends.triton.elements import element_rules
 from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Call, Launch
 from qc.backends.triton.lower import GpuLowering
@@ -30,9 +31,9 @@ from qc.runtime.manifest import CUDA, KernelStep
 from tests.backends.triton.kernel_cases import BATCH, CASES, SEQ, value
 from tests.tiny_llama import llama_folder
 
-RULES = (*attention_rules, *append_rules, *row_rules, *element_rules)
+RULES = (*attention_rules, *append_rules, *convolution_rules, *row_rules, *element_rules)
 FEW = ("quantize in groups", "angles", "embedding", "append rotated", "decode", "prefill",
-       "rotation by a factor, quantized")  # fmt: skip
+       "rotation by a factor, quantized", "convolution, padded")  # fmt: skip
 """A kernel of each kind."""
 
 

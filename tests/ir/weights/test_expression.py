@@ -60,6 +60,28 @@ def test_an_integer_and_a_float_are_two_constants() -> None:
     assert rendering.value(Const(1.0)).dtype == torch.float32
 
 
+def test_equal_expressions_are_one_key_and_know_what_they_read() -> None:
+    first, second = (Load("a", (ROW, COL // 2 + 1)) for _ in range(2))
+    assert first == second
+    assert len({first, second, Load("a", (ROW, COL // 2 + 2)), Load("b", first.index)}) == 3
+    assert first.indices == {ROW, COL}
+    assert first.operands == first.index
+    assert first.reads
+    assert not first.counts
+    assert (COL // 2 + 1).counts
+    assert not (COL * Const(1.0)).counts
+
+
+def test_a_deep_expression_needs_no_deep_stack() -> None:
+    deep: Expr = ROW
+    for number in range(5000):
+        deep = deep * 3 + (number + 1)
+    assert len({deep}) == 1
+    assert deep.indices == {ROW}
+    assert deep.counts
+    assert len(walk(deep)) == 3 * 5000 + 1
+
+
 def test_loads_widen() -> None:
     arrays = {"codes": torch.tensor([[200]], dtype=torch.uint8), "scale": torch.ones(1, 1).half()}
     rendering = TorchRendering(

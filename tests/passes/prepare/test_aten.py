@@ -107,7 +107,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.unbind.int": [(X, 1)],
     "aten.linear.default": [(X, W), (X, W, W[:, 0])],
     "aten.matmul.default": [(X, W.t()), (X, X.transpose(1, 2)), (M, M[0]), (M[:, 0], M),
-                            (M[0], M[0])],
+                            (M[0], M[0]), (X[:, :, :1], X[:, :1])],
     "aten.mm.default": [(M, W.t())],
     "aten.bmm.default": [(X, X.transpose(1, 2))],
     "aten.addmm.default": [(W[:, 0], M, W.t()), (W[:, 0], M, W.t(), {"beta": 2, "alpha": 0.5})],
@@ -200,6 +200,12 @@ def test_products_with_stored_matrices_are_linears(
     linear = after.outputs[0]
     assert isinstance(linear.op, ops.Linear)
     assert linear.inputs[1].tensor.shape == (5, 4)
+
+
+def test_outer_products_have_no_sums() -> None:
+    """Older rotary embeddings make their tables so: every backend multiplies elements."""
+    after = TranslateAten().run(build("aten.matmul.default", (X[:, :, :1], X[:, :1]))[0], CONTEXT)
+    assert after.outputs[0].op == ops.Binary("mul")
 
 
 @pytest.mark.parametrize(

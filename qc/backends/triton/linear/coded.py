@@ -34,7 +34,6 @@ from qc.ir.weights.expression import (
     is_structural,
     rebuild,
     substitute_indices,
-    walk,
 )
 from qc.ir.weights.factored import FormPart, columns_of_step, factored
 from qc.ir.weights.packing import unpack_codes
@@ -346,7 +345,7 @@ def over_groups(part: CodedPart, runs: int, place: Place) -> CodedPart | None:
     """Write a factor over groups of `runs` runs of 32 channels; None where it varies inside."""
     if part.factor is None:
         return part
-    if COL in walk(part.factor):
+    if COL in part.factor.indices:
         return None
     groups = -(-place.inner // (runs * RUN))
     sizes = {GROUP: groups, REST: runs, ROW: place.outer}

@@ -112,7 +112,7 @@ class BitFactors(TermKernel):
     def evaluated(self, arrays: Mapping[str, Tensor], expr: Expr) -> Tensor:
         """Evaluate an expression of the whole matrix, of a row, or of a column."""
         rows, cols = (torch.arange(size, dtype=torch.int32) for size in self.place.shape)
-        both = ROW in walk(expr) and COL in walk(expr)
+        both = {ROW, COL} <= expr.indices
         indices = {ROW.axis: rows[:, None] if both else rows, COL.axis: cols}
         return TorchRendering(arrays, indices).value(expr)
 
@@ -322,7 +322,7 @@ def bit_products(expr: Expr) -> BitProducts | None:
     ]
     known = tuple(pair for pair in pairs if pair is not None)
     of_bit = replaced(value, code)
-    if len(known) != len(pairs) or {ROW, COL} & set(walk(of_bit)):
+    if len(known) != len(pairs) or {ROW, COL} & of_bit.indices:
         return None
     if any(isinstance(each, Load) for each in walk(of_bit)):
         return None
@@ -339,8 +339,8 @@ def is_sum(expr: Expr) -> bool:
 
 def separated(factors: list[Expr]) -> tuple[Expr, Expr] | None:
     """Sort factors by what they depend on: rows, or else columns; None where on both."""
-    rows = [each for each in factors if ROW in walk(each) and COL not in walk(each)]
-    columns = [each for each in factors if ROW not in walk(each)]
+    rows = [each for each in factors if {ROW, COL} & each.indices == {ROW}]
+    columns = [each for each in factors if ROW not in each.indices]
     if len(rows) + len(columns) != len(factors):
         return None
     columns = [each for each in columns if each != Const(1.0)]

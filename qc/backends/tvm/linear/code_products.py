@@ -57,7 +57,7 @@ class CodePart:
     @property
     def is_whole(self) -> bool:
         """Say whether the group factor is the same in all columns."""
-        return self.group is None or COL not in walk(self.group)
+        return self.group is None or COL not in self.group.indices
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def expanded(expr: Expr, wide: bool) -> list[tuple[Expr, ...]] | None:
     A difference of integers is taken apart where its right side is not known, and where codes are
     too `wide` for a table that has it.
     """
-    if CODE not in walk(expr):
+    if CODE not in expr.indices:
         return [factors_of(expr)]
     match expr:
         case Arith("add" | "sub" as kind, left, right) if is_float(expr):
@@ -144,7 +144,7 @@ def factors_of(expr: Expr) -> tuple[Expr, ...]:
 def block_shared(expr: Expr) -> Expr | None:
     """Return what is the same in a block of 16 outputs and in all columns, over BLOCK_INDEX."""
     shared = in_block(expr)
-    return None if LANE in walk(shared) or COL in walk(shared) else shared
+    return None if {LANE, COL} & shared.indices else shared
 
 
 def in_block(expr: Expr) -> Expr:
@@ -156,14 +156,14 @@ def part_of(factors: Sequence[Expr], segment: int) -> CodePart | None:
     """Sort the factors of a product; None where one varies along both axes."""
     values, groups, columns = [], [], []
     for factor in factors:
-        if CODE in walk(factor):
+        if CODE in factor.indices:
             shared = block_shared(factor)
             if shared is None:
                 return None
             values.append(shared)
         elif in_segments(factor, segment):
             groups.append(factor)
-        elif LANE not in walk(in_block(factor)):
+        elif LANE not in in_block(factor).indices:
             columns.append(factor)
         else:
             return None
@@ -173,7 +173,7 @@ def part_of(factors: Sequence[Expr], segment: int) -> CodePart | None:
 def in_segments(expr: Expr, segment: int) -> bool:
     """Say whether an expression is the same in `segment` consecutive columns."""
     moved = substitute_indices(expr, {COL: SEGMENT * segment + INSIDE})
-    return INSIDE not in walk(simplify(moved, {INSIDE: segment}))
+    return INSIDE not in simplify(moved, {INSIDE: segment}).indices
 
 
 def product(factors: Sequence[Expr]) -> Expr | None:

@@ -32,7 +32,7 @@ from qc.backends.tvm.linear.code_products import CODE, TABLE_BITS
 from qc.backends.tvm.linear.plan import BLOCK_INDEX
 from qc.backends.tvm.linear.vectors import halves_to_float, span, splat
 from qc.ir.target import Target
-from qc.ir.weights.expression import Code, Expr, Load, ToFloat, TorchRendering, walk
+from qc.ir.weights.expression import Code, Expr, Load, ToFloat, TorchRendering
 from qc.ir.weights.weight import ArraySpec
 
 TABLE = 16
@@ -100,7 +100,7 @@ class Planes(CodeValues):
     @property
     def by_block(self) -> bool:
         """Say whether blocks have tables of their own."""
-        return BLOCK_INDEX in walk(self.value)
+        return BLOCK_INDEX in self.value.indices
 
     def tables(self, arrays: Mapping[str, Tensor], bits: int, blocks: int) -> Tensor:
         """Return the tables u8[blocks or 1, planes, parts * 16], the lowest byte first."""
@@ -290,7 +290,7 @@ def choose_values(
 ) -> CodeValues | None:
     """Choose how to widen codes that mean `value`; None where no way does."""
     size, bits = target.vector_bytes, code.width
-    stored = any(isinstance(each, Load | Code) for each in walk(value))
+    stored = value.reads
     lookup = byte_lookup(target)
     if bits <= (MOST_TABLE_BITS if stored else TABLE_BITS) and lookup is not None:
         parts = max(1, (1 << bits) // TABLE)
@@ -317,7 +317,7 @@ def planes_of(value: Expr, bits: int, specs: Mapping[str, ArraySpec]) -> int:
     match value:
         case Load(array, _):
             return PLANES.get(specs[array].dtype, 4)
-    if any(isinstance(each, Load | Code) for each in walk(value)):
+    if value.reads:
         return 4
     known = tabulated(value, {}, bits, 1).view(torch.uint8).unflatten(-1, (-1, 4))
     used = [bool(known[..., byte].any()) for byte in range(2)]

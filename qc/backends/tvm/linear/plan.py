@@ -215,7 +215,7 @@ class VectorPlan:
         values = {v for part in self.parts for v in part.values or ()}
         factors = {part.factor for part in self.parts if part.factor is not None}
         nodes = {each for value in values | factors for each in walk(value)}
-        return {each for each in nodes if STEP in walk(each) and not is_index(each)}
+        return {each for each in nodes if STEP in each.indices and not each.counts}
 
     def is_gather(self, read: Load) -> bool:
         """Say whether a load takes one instruction a lane."""
@@ -267,11 +267,6 @@ def plan_vectors(
     return min(found, key=lambda plan: plan.work, default=None)
 
 
-def is_index(expr: Expr) -> bool:
-    """Say whether an expression is index arithmetic alone."""
-    return affine_of(expr, {}) is not None
-
-
 def packed(decode: Expr) -> set[str]:
     """Return the arrays of packed codes."""
     return {each.array for each in walk(decode) if isinstance(each, Code)}
@@ -299,8 +294,8 @@ def blocked_layouts(
 
 def row_axis(read: Load | Code) -> int | None:
     """Return the place of ROW among the indices, where only that one depends on it."""
-    places = [place for place, index in enumerate(read.index) if ROW in walk(index)]
-    if isinstance(read, Code) and ROW in walk(read.position):
+    places = [place for place, index in enumerate(read.index) if ROW in index.indices]
+    if isinstance(read, Code) and ROW in read.position.indices:
         return None
     if len(places) == 1 and read.index[places[0]] == ROW:
         return places[0]

@@ -39,7 +39,6 @@ from qc.ir.weights.expression import (
     Sum,
     ToFloat,
     substitute_indices,
-    walk,
 )
 
 RULES: dict[str, Callable[[Any, Any], Any]] = {
@@ -331,12 +330,12 @@ class VectorRendering:
 
 def varies(expr: Expr) -> bool:
     """Say whether an expression depends on the lane."""
-    return LANE in walk(expr)
+    return LANE in expr.indices
 
 
 def reads_data(expr: Expr) -> bool:
     """Say whether an expression reads stored arrays."""
-    return any(isinstance(each, Load | Code) for each in walk(expr))
+    return expr.reads
 
 
 def widened(array: StoredArray, stored: Any, target: Target) -> Any:

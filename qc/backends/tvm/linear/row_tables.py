@@ -220,7 +220,7 @@ def row_tables_term(place: Place) -> TermKernel | None:
     if code is None or code.width > TABLE_BITS:
         return None
     value = replaced(decode, code)
-    if any(CODE in walk(each) and isinstance(each, Code) for each in walk(value)):
+    if any(CODE in each.indices and isinstance(each, Code) for each in walk(value)):
         return None
     planes = Planes(place.target.vector_bytes, value, planes_of(value, place), lookup)
     order = [0] * planes.size
@@ -243,7 +243,7 @@ def planes_of(value: Expr, place: Place) -> int:
 
 def segment_of(value: Expr, width: int, inner: int) -> int | None:
     """Return the columns that share a table, in whole steps: None for all of them, 0 if too few."""
-    if COL not in walk(value):
+    if COL not in value.indices:
         return None
     segment = max(width, LEAST_SEGMENT)
     if not in_segments(value, segment):

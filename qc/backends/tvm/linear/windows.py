@@ -153,7 +153,7 @@ def lookups_of(decode: Expr, shape: tuple[int, int]) -> tuple[list[Expr], Expr |
     if len(factors) != 1 or not all(is_lookup(value) for value, _ in addends):
         return None
     factor = next(iter(factors))
-    if factor is not None and COL in walk(factor):
+    if factor is not None and COL in factor.indices:
         return None
     return [value for value, _ in addends], factor
 
@@ -184,7 +184,7 @@ def own_codes(expr: Expr) -> list[Code]:
     return [
         each
         for each in walk(expr)
-        if isinstance(each, Code) and each.index == (ROW,) and COL in walk(each.position)
+        if isinstance(each, Code) and each.index == (ROW,) and COL in each.position.indices
     ]
 
 

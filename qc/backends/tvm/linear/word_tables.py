@@ -36,7 +36,7 @@ from qc.backends.tvm.linear.windows import (
     lookups_of,
     windows_of,
 )
-from qc.ir.weights.expression import COL, ROW, Arith, Const, Expr, Load, is_structural, walk
+from qc.ir.weights.expression import COL, ROW, Arith, Const, Expr, Load, is_structural
 
 AT_ONCE = 32
 """Windows whose entries are looked up together."""
@@ -309,7 +309,7 @@ def lookup_of(value: Expr, bits: int, place: Place) -> Lookup | None:
     """View a value over WINDOW as an entry of a float16 array; None where it is something else."""
     if not isinstance(value, Load) or place.specs[value.array].dtype != torch.float16:
         return None
-    moving = [axis for axis, index in enumerate(value.index) if WINDOW in walk(index)]
+    moving = [axis for axis, index in enumerate(value.index) if WINDOW in index.indices]
     fixed = [each for each in value.index if isinstance(each, Const)]
     if len(moving) != 1 or len(fixed) + 1 != len(value.index):
         return None
