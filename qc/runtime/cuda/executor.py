@@ -41,17 +41,16 @@ from qc.runtime.manifest import (
 )
 from qc.runtime.safetensors_file import SafetensorsFile
 
-__all__ = ["CudaExecutor", "CudaProgram", "open_cuda_program"]
+__all__ = ["TURNS", "CudaExecutor", "CudaProgram", "open_cuda_program"]
 
 _WARP = 32
 HIDDEN_POINTERS = 2
 """Triton's kernels take two more pointers, to scratch memory that these have no use for."""
 SLOT = 16
 """Bytes from one size in memory to the next: kernels count on addresses that are multiples."""
-_FIRST_TO_OVERLAP = 90
 TURNS = ".turns"
 """What zeros beside a weight are called in which programs count: a launch writes them."""
-
+_FIRST_TO_OVERLAP = 90
 _RUNS_BEFORE_GRAPH = 1
 """A call that came once may not come again; recording one costs about as much as running it."""
 
