@@ -36,10 +36,9 @@ LANES = ((4, 16, 4), (8, 16, 8), (4, 32, 8), (16, 16, 16), (8, 16, 4), (2, 16, 2
 """Lanes, outputs and warps of tiles for few rows."""
 LANES_OF_SOME = ((2, 32, 4), (4, 16, 4), (2, 64, 8), (4, 32, 8))
 """The same for 16 rows."""
-MULTIPROCESSORS = 132
 
 
-def candidates(rows: int, outer: int, inner: int) -> Iterator[Tiling]:
+def candidates(rows: int, inner: int) -> Iterator[Tiling]:
     """Yield the tiles to try for a number of rows."""
     if rows > 64:
         yield from of_many_rows()
@@ -48,7 +47,6 @@ def candidates(rows: int, outer: int, inner: int) -> Iterator[Tiling]:
     elif rows > 4:
         yield from of_some_rows(rows, inner)
     else:
-        yield from of_cells(rows, outer, inner)
         yield from of_few_rows(rows, inner)
 
 
@@ -69,69 +67,34 @@ def of_few_rows(rows: int, inner: int) -> Iterator[Tiling]:
                 yield Tiling(outputs, tile, warps, 3, width, lanes, True, most, 1, unit)
 
 
-def of_cells(rows: int, outer: int, inner: int) -> Iterator[Tiling]:
-    """Yield tiles that programs work on one after another."""
-    for (lanes, outputs, warps), times, unit, most in product(
-        ((8, 16, 8), (16, 16, 16), (4, 32, 8), (8, 32, 16)), (1, 2, 3), (64, 128), (None, 80)
-    ):
-        programs, width = times * MULTIPROCESSORS, inner // lanes
-        held = lanes * outputs * width // (1024 * warps)
-        if most is not None and (times < 3 or warps > 8):
-            continue
-        if warps * times > 32 or held > 16 or rows * lanes > 32 or outer <= outputs * programs:
-            continue
-        yield Tiling(outputs, rows, warps, 3, width, lanes, True, most, 1, unit, programs)
-
-
 def of_some_rows(rows: int, inner: int) -> Iterator[Tiling]:
     """Yield tiles for up to 16 rows, where more than few."""
-    for width, parts, weighted, unit, warps in product(
-        (256, 512, 1024), (None, 1), (False, True), (64, 128), (4, 8)
-    ):
-        if 16 * warps <= 64 and inner % width == 0:
-            yield Tiling(64, rows, warps, 3, width, 1, True, None, parts, unit, None, weighted)
-    for (lanes, outputs, warps), width, weighted in product(
-        LANES_OF_SOME, (256, 512, 1024), (False, True)
-    ):
-        held = lanes * outputs * width // (1024 * warps)
-        if inner % (lanes * width) == 0 and held <= 16:
-            unit = 128 if weighted else 64
-            yield Tiling(outputs, rows, warps, 3, width, lanes, True, None, 1, unit, None, weighted)
+    for width, parts, unit in product((256, 512, 1024), (None, 1), (64, 128)):
+        if inner % width == 0:
+            yield Tiling(64, rows, 4, 3, width, 1, True, None, parts, unit)
+    for (lanes, outputs, warps), width in product(LANES_OF_SOME, (256, 512, 1024)):
+        words = lanes * outputs * width // (1024 * warps)
+        if inner % (lanes * width) == 0 and words <= 16:
+            yield Tiling(outputs, rows, warps, 3, width, lanes, True, None, 1, 64)
 
 
 def of_more_rows(rows: int) -> Iterator[Tiling]:
     """Yield tiles for up to 64 rows, where more than 16."""
-    for outputs, warps, width, stages, parts, unit, registers, weighted in product(
-        (64, 128), (4, 8), (128, 256), (2, 3, 4), (None, 1), (64, 128), (False, True), (False, True)
+    for outputs, warps, width, stages, parts, unit, registers in product(
+        (64, 128), (4, 8), (128, 256), (2, 3, 4), (None, 1), (64, 128), (False, True)
     ):
-        if outputs // 16 < warps or (width == 256 and stages > 2 + registers):
-            continue
-        if (stages == 4) and not weighted:
-            continue
-        if parts == 1 and unit == 64:
-            continue
-        yield Tiling(
-            outputs, rows, warps, stages, width, 1, registers, None, parts, unit, None, weighted
-        )
+        if outputs // 16 >= warps and (width == 128 or stages <= 2 + registers):
+            yield Tiling(outputs, rows, warps, stages, width, 1, registers, None, parts, unit)
 
 
 def of_many_rows() -> Iterator[Tiling]:
     """Yield tiles for any number of rows."""
-    for outputs, rows, warps, stages, width, registers, unit, weighted in product(
-        (64, 128), (64, 128, 256), (4, 8), (2, 3, 4), (64, 128, 256), (False, True), (64, 128),
-        (True, False),
-    ):  # fmt: skip
+    for outputs, rows, warps, width, registers, unit in product(
+        (64, 128, 256), (64, 128, 256), (4, 8), (128, 256), (False, True), (64, 128)
+    ):
         held = outputs * rows // (32 * warps)
-        copied = rows * max(width, 128) * 2 * stages
-        if outputs // 16 < warps or not 32 <= held <= 128 or copied > 200 << 10:
-            continue
-        if not weighted and (held > 64 or stages != 3 or width == 64):
-            continue
-        if (width == 256 and rows > 64) or (registers and rows > 128) or width == 64:
-            continue
-        yield Tiling(
-            outputs, rows, warps, stages, width, 1, registers, None, None, unit, None, weighted
-        )
+        if outputs // 16 >= warps and 32 <= held <= 128 and (width == 128 or rows == 64):
+            yield Tiling(outputs, rows, warps, 3, width, 1, registers, None, None, unit)
 
 
 def call_with(problem: Problem, node: Node, tiling: Tiling, architecture: int) -> Call:
@@ -180,7 +143,7 @@ def main() -> None:
         (problem, rows, tiling, architecture)
         for problem in problems
         for rows in options.rows
-        for tiling in candidates(rows, problem.outer, problem.inner)
+        for tiling in candidates(rows, problem.inner)
     ]
     start = time.perf_counter()
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:

@@ -43,23 +43,6 @@ def outliers(acc, x, places, start, stop, columns, values, column, value, APART:
 
 
 @triton.jit
-def outliers_of_rows(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
-                     TOGETHER: tl.constexpr):  # fmt: skip
-    """Add value x[column] of single entries to many rows, which are neighbours in x: a thread adds
-    up all entries of its rows, so that nothing is left to reduce."""
-    entry = start
-    for _ in range(0, longest(start, stop), TOGETHER):
-        for number in tl.static_range(TOGETHER):
-            inside = entry + number < stop
-            column = tl.load(columns + entry + number, mask=inside, other=0).to(tl.int32)
-            value = tl.load(values + entry + number, mask=inside, other=0.0).to(tl.float32)
-            found = tl.load(x + places[None, :] + (column * APART)[:, None])
-            acc += value[:, None] * found.to(tl.float32)
-        entry += TOGETHER
-    return acc
-
-
-@triton.jit
 def numbered(start, stop, number):
     """Return the entries `number` of some rows, i32[rows, 1]; the last one again beyond it."""
     return tl.maximum(tl.minimum(start + number, stop - 1), 0)[:, None]

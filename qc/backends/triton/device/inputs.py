@@ -14,13 +14,6 @@ def numbers(tile, SIZE: tl.constexpr, COUNT):
 
 
 @triton.jit
-def there(tile, SIZE: tl.constexpr, COUNT):
-    """Say which rows of a tile there are, i1[SIZE]. Storing the last row once for each that is not
-    would have all of those wait for one address."""
-    return tile * SIZE + tl.arange(0, SIZE) < COUNT
-
-
-@triton.jit
 def places(rows, CHANNELS: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr):
     """Return where rows start, i64: row (r BEFORE + b) AFTER + a is [r, b, :, a] of an array
     [..., BEFORE, CHANNELS, AFTER]."""

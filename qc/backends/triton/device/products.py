@@ -64,14 +64,13 @@ def first_channel(cell, SIZE: tl.constexpr):
 
 
 @triton.jit
-def partial(at, acc, out, rows, there, cell, part, ROWS, OUT: tl.constexpr,
-            SIZE: tl.constexpr):  # fmt: skip
-    """Store a partial sum of the rows that are `there` as f32[part, ROWS, OUT]."""
+def partial(at, acc, out, rows, cell, part, ROWS, OUT: tl.constexpr, SIZE: tl.constexpr):
+    """Store a partial sum as f32[part, ROWS, OUT]. Rows beyond the last repeat it."""
     here = (tl.cast(part, tl.int64) * ROWS + rows[None, :]) * OUT + out[:, None]
     if OUT % SIZE == 0:
-        tl.store(at + here, acc, mask=there[None, :])
+        tl.store(at + here, acc)
     else:
-        tl.store(at + here, acc, mask=inside(cell, SIZE, OUT) & there[None, :])
+        tl.store(at + here, acc, mask=inside(cell, SIZE, OUT))
 
 
 @triton.jit
@@ -103,12 +102,12 @@ def number(at):
 
 
 @triton.jit
-def store(y, acc, out, places, there, cell, OUT: tl.constexpr, AFTER: tl.constexpr,
+def store(y, acc, out, places, cell, OUT: tl.constexpr, AFTER: tl.constexpr,
           SIZE: tl.constexpr):  # fmt: skip
-    """Store the rows of a tile of the result that are `there`."""
+    """Store a tile of the result. Rows beyond the last repeat it, and get the same values."""
     at = y + places[None, :] + (out * AFTER)[:, None]
     value = acc.to(y.dtype.element_ty)
     if OUT % SIZE == 0:
-        tl.store(at, value, mask=there[None, :])
+        tl.store(at, value)
     else:
-        tl.store(at, value, mask=inside(cell, SIZE, OUT) & there[None, :])
+        tl.store(at, value, mask=inside(cell, SIZE, OUT))

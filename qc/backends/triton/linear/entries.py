@@ -12,11 +12,7 @@ from qc.backends.triton.linear.tiles import Tiling
 from qc.ir.weights.expression import ENTRY, LANE, ROW, Load
 
 MOST_TOGETHER = 64
-UNROLLED = 8
-"""Entries of an output that a thread asks for at once, for rows that are neighbours."""
 FEW_ROWS, MANY_ROWS = 4, 32
-MULTIPROCESSORS = 132
-"""Of an H200: with fewer tiles than that, smaller ones keep more of them busy."""
 WIDE, NARROW = 64, 16
 """Outputs of a tile, for fewer than MANY_ROWS rows and from there on: measured on an H200."""
 
@@ -30,8 +26,7 @@ def together(tile: Tiling) -> int:
 
 def outputs_of(each: EntriesOf) -> int:
     """Return the outputs of a tile."""
-    few = each.across and each.place.outer < WIDE * MULTIPROCESSORS
-    return WIDE if each.entries.width == 1 and each.tile < MANY_ROWS and not few else NARROW
+    return WIDE if each.entries.width == 1 and each.tile < MANY_ROWS else NARROW
 
 
 def width_of(each: EntriesOf) -> int:
@@ -75,7 +70,7 @@ class EntryLoop:
 
     def emit_first(self) -> None:
         """Write the load of the first entries, which needs nothing of other launches."""
-        if self.stored is not None and not self.each.across:
+        if self.stored is not None:
             columns, values = self.stored
             self.first = self.emission.bind(
                 f"entries.first({self.start}, {self.stop}, {columns}, {values}, "
@@ -91,13 +86,6 @@ class EntryLoop:
         if each.across:
             places = f"inputs.tile_across(tile, BM, {channels})"
         emission.line(f"entry_places = {places}")
-        if self.stored is not None and each.across:
-            columns, values = self.stored
-            emission.line(
-                f"{acc} = entries.outliers_of_rows({acc}, {x}, entry_places, {self.start}, "
-                f"{self.stop}, {columns}, {values}, {apart}, {UNROLLED})"
-            )
-            return
         if self.stored is not None:
             columns, values = self.stored
             emission.line(

@@ -66,6 +66,8 @@ class LinearLaunches:
     linear: LinearRegion
     bucket: int | None
     repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
+    alone: bool = True
+    """Nothing runs beside the loop."""
     crowded: bool = False
     """Programs for entries of several rows fill the GPU beside the loop."""
 
@@ -76,6 +78,7 @@ class LinearLaunches:
     def variant(self) -> Variant:
         """Return all launches, in order."""
         stages = self.stages()
+        self.alone = not stages.steps
         if (alone := FinishedAlone.of(self, stages)) is not None:
             return Variant(self.bucket, (self.launched(alone.launch()),))
         works = [step.work for step in stages.steps]
@@ -121,7 +124,6 @@ class LinearLaunches:
         emission.size("ROWS", SizeArgument(self.rows))
         count = "ROWS" if multiple == 1 else f"ROWS * {multiple}"
         emission.line(f"rows = inputs.numbers(tile, BM, {count})")
-        emission.line(f"there = inputs.there(tile, BM, {count})")
         emission.line(f"out = products.outputs(cell, BN, {outer})")
         emission.line("block = products.first_block(cell, BN)")
         return emission
@@ -146,9 +148,7 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(
-            f"products.store({target}, acc0, out, places, there, cell, {step.outer}, 1, BN)"
-        )
+        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
         return Planned(emission, "copy", tiling, step.outer)
 
     def copy_across(self, step: Step) -> Planned:
@@ -159,9 +159,7 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.tile_across(tile, BM, {step.outer})")
-        emission.line(
-            f"products.store({target}, acc0, out, places, there, cell, {step.outer}, BM, BN)"
-        )
+        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, BM, BN)")
         return Planned(emission, "across", tiling, step.outer)
 
     def load_copied(self, emission: Emission, source: Source, tiling: Tiling) -> None:
@@ -182,9 +180,7 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(
-            f"products.store({target}, acc0, out, places, there, cell, {step.outer}, 1, BN)"
-        )
+        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
         return Planned(emission, "entries", tiling, step.outer)
 
     def product(self, step: Step, term: Term) -> Planned:
@@ -200,12 +196,12 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
-            at = "out, rows, there, cell, part, ROWS"
+            at = "out, rows, cell, part, ROWS"
             emission.line(f"products.partial({target}, acc0, {at}, {step.outer}, BN)")
         else:
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
-            at = f"out, places, there, cell, {step.outer}, {after}"
+            at = f"out, places, cell, {step.outer}, {after}"
             emission.line(f"products.store({target}, acc0, {at}, BN)")
         return Planned(emission, "chain", tiling, step.outer, step.parts, multiple)
 
@@ -230,7 +226,7 @@ class LinearLaunches:
         for acc in self.accs:
             at = emission.array(f"{acc}_parts", self.partial(acc, parts), torch.float32)
             emission.line(
-                f"products.partial({at}, {acc}, out, rows, there, cell, part, ROWS, {outer}, BN)"
+                f"products.partial({at}, {acc}, out, rows, cell, part, ROWS, {outer}, BN)"
             )
         return Planned(emission, f"linear_{stages.rules}", tiling, outer, parts)
 
@@ -334,7 +330,7 @@ class LinearLaunches:
         y = emission.array("y", ArrayArgument(RESULT), torch.float16)
         emission.line(f"target = inputs.places(rows, {self.linear.outer}, 1, 1)")
         emission.line(
-            f"products.store({y}, {result}, out, target, there, cell, {self.linear.outer}, 1, BN)"
+            f"products.store({y}, {result}, out, target, cell, {self.linear.outer}, 1, BN)"
         )
 
     def launched(self, planned: Planned) -> Launch:
@@ -386,6 +382,7 @@ class LinearLaunches:
             bits,
             group,
             architectures,
+            self.alone,
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))

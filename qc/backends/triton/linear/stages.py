@@ -35,10 +35,10 @@ MOST_PARTIAL = 512
 """Rows of partial sums of a chain, of all parts: every program of the main launch adds them up."""
 FEW_ROWS = 4
 SOME_ROWS, MOST_OUTPUTS = 16, 64
-AT_ONCE, MOST_AT_ONCE = 256, 24
-"""Up to SOME_ROWS rows and MOST_OUTPUTS outputs, a part of a chain is one step of AT_ONCE channels,
-which is loaded before x is there; of twice as many where that were more than MOST_AT_ONCE parts. A
-step that waits for memory takes 1.5 us, and what waits for four of them as much."""
+AT_ONCE, SHORT, LONG, LONGEST = 256, 1024, 2048, 6144
+"""Channels of a part that is one step, loaded before x is there, for up to SOME_ROWS rows and
+MOST_OUTPUTS outputs: of chains up to SHORT channels, and for one row from LONG to LONGEST. Others
+hold up what runs beside them: their threads take many registers. Measured on an H200."""
 MOST_ROWS, MOST_ROWS_OF_GROUPS = 64, 16
 """Rows that single entries, and groups of up to 64, are multiplied by at a time."""
 
@@ -179,8 +179,8 @@ class Stages:
         most = max(2, min(MOST_PARTS, MOST_PARTIAL // self.tile))
         parts = min(most, -(-place.inner // LONG_CHAIN)) if alone else 1
         width = TILE_OF_CHAIN
-        if parts > 1 and self.tile <= SOME_ROWS and place.outer <= MOST_OUTPUTS:
-            width = AT_ONCE if place.inner <= AT_ONCE * MOST_AT_ONCE else 2 * AT_ONCE
+        if parts > 1 and self.at_once(place):
+            width = AT_ONCE
             parts = -(-place.inner // width)
         channels = source.before * place.outer * source.after
         shape, dtype = (self.rows, channels), torch.float16
@@ -193,6 +193,12 @@ class Stages:
         self.steps.append(Step(source, term, place.outer, target, parts, width=width))
         kind = "summed" if parts > 1 else "rows"
         return Source(target, channels, kind, parts=parts)
+
+    def at_once(self, place: Place) -> bool:
+        """Say whether each part of a step of a chain is loaded at once."""
+        if self.tile > SOME_ROWS or place.outer > MOST_OUTPUTS:
+            return False
+        return place.inner <= SHORT or (self.tile == 1 and LONG <= place.inner <= LONGEST)
 
     def plain(self, source: Source) -> Source:
         """Return the rows as a float16 array, copied where they are something else."""
