@@ -47,6 +47,7 @@ FORMATS = (
     Problem("int8·row", 0, 0, int8=True),
     Problem("int4·g128", 0, 0, int8=True),
     Problem("e4m3·row", 0, 0),
+    Problem("e4m3·row", 0, 0, int8=True),
 )
 PLAIN_ONLY = 1 << 28
 """Weights of a matrix from which on only plain formats are measured: others would take long."""

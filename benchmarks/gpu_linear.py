@@ -45,7 +45,7 @@ WARM = 3
 @dataclass(frozen=True)
 class Problem:
     """One linear; `epilogue`: bias, SiLU and a residual behind it; `int8`: activations of 8 bits,
-    one scale a token."""
+    one scale a token; of e4m3 where weights are."""
 
     format: str
     outer: int
@@ -57,12 +57,18 @@ class Problem:
     def label(self) -> str:
         """Name what is stored and multiplied."""
         behind = ", bias SiLU residual" if self.epilogue else ""
-        return f"{self.format}{', int8 inputs' if self.int8 else ''}{behind}"
+        inputs = f", {self.inputs.code} inputs" if self.inputs else ""
+        return f"{self.format}{inputs}{behind}"
+
+    @property
+    def inputs(self) -> ActivationFormat | None:
+        """How activations are stored; None: in float16."""
+        kind = "e4m3" if self.format.startswith("e4m3") else "int"
+        return ActivationFormat(8, kind=kind) if self.int8 else None
 
     def node(self, weight: Weight) -> Node:
         """Return the linear as a fused node."""
-        format = ActivationFormat(8) if self.int8 else None
-        x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, format)))
+        x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, self.inputs)))
         w = make(ops.Parameter(weight))
         if not self.epilogue:
             root = make(ops.Linear(), x, w)

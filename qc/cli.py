@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_what_to_compile(one, "what compile takes, or an artifact of a torch target")
     one.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write")
+    add_dtype(one)
     add_calibration(one)
     one.add_argument("--quiet", action="store_true", help="no progress, no table")
     one.set_defaults(command=build_command)
@@ -143,8 +144,15 @@ def add_what_to_compile(parser: argparse.ArgumentParser, model: str = MODEL) -> 
 def add_cache(parser: argparse.ArgumentParser) -> None:
     """Add how keys and values are kept."""
     parser.add_argument(
-        "--cache", help="keys and values: f32, f16; on GPUs int8, e4m3 (default: the recipe's)"
+        "--cache",
+        help="keys and values: f32, f16; on GPUs bf16, int8, e4m3 (default: the recipe's)",
     )
+    add_dtype(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add what GPUs compute in."""
+    parser.add_argument("--dtype", help="what a GPU computes in: f16 (default) or bf16")
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +189,7 @@ def check_command(options: argparse.Namespace) -> int:
     report = check(
         options.model, options.target, recipe=options.recipe, weights=options.weights,
         bits=options.bits, group_size=options.group_size, cache=options.cache,
+        dtype=options.dtype,
         progress=not options.quiet,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), ensure_ascii=False) if options.json else report)
@@ -195,6 +204,7 @@ def compile_command(options: argparse.Namespace) -> None:
     artifact = compile(
         options.model, options.target, recipe=options.recipe, weights=options.weights,
         bits=options.bits, group_size=options.group_size, cache=options.cache,
+        dtype=options.dtype,
         calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
         max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
@@ -216,7 +226,7 @@ def build_command(options: argparse.Namespace) -> None:
     made = build(
         options.model, options.target, options.output, recipe=options.recipe,
         weights=options.weights, bits=options.bits, group_size=options.group_size,
-        calibration=calibration_data(options),
+        dtype=options.dtype, calibration=calibration_data(options),
         num_calibration_samples=options.num_calibration_samples,
         max_seq_length=options.max_seq_length, seed=options.seed, device=options.device,
         resume=options.resume, progress=not options.quiet,

@@ -14,10 +14,11 @@ from qc.explaining.explain import ExplainOptions
 from qc.frontends import open_model
 from qc.ir.device import parse_device
 from qc.ir.graph import Graph
-from qc.ir.target import Target, parse_target
+from qc.ir.target import Target, computing, parse_target
 from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration import SELF, Calibration, Checkpoint
 from qc.passes.pipeline import Context, Pipeline
+from qc.passes.prepare.explicit_cache import CACHES
 from qc.passes.recipes import RECIPES, Recipe
 from qc.progress import progress_bar
 from qc.runtime.artifact import read_manifest
@@ -56,6 +57,7 @@ def compile(
     bits: int | None = None,
     group_size: int | None = None,
     cache: str | None = None,
+    dtype: str | None = None,
     calibration: Any = None,
     num_calibration_samples: int | None = None,
     max_seq_length: int = 512,
@@ -72,7 +74,9 @@ def compile(
     The recipe is the one that the target names unless `recipe` says otherwise; `weights` is another
     format for the linears than the recipe's: "int3·g64 + rank16 + sparse0.5%"; `bits` and
     `group_size` change the sizes of the recipe's own; `cache` says how keys and values are kept:
-    "f32", "f16", or on GPUs "int8" or "e4m3", with a scale for each head of a token. Recipes
+    "f32", "f16", or on GPUs "bf16", or "int8" or "e4m3" with a scale for each head of a token;
+    `dtype` is what a GPU computes in, "f16" or "bf16" (then "f16" caches are "bf16" unless said
+    otherwise): float16 is 8 times as exact, activations beyond 65504 need bfloat16. Recipes
     that look at data see the first `num_calibration_samples` sequences (128; 32 of "self") of
     `max_seq_length` tokens of `calibration`: texts, token ids, a .txt or .jsonl file, a data set,
     or "self", the default: text that the model writes, drawn with `seed`. w4 and w4a16 look at
@@ -87,7 +91,7 @@ def compile(
     before any long work.
     """
     machine, passes, _ = quantization(
-        target, recipe, weights, bits, group_size, calibration, cache
+        target, recipe, weights, bits, group_size, calibration, cache, dtype
     )  # fmt: skip
     data = calibration_of(calibration, num_calibration_samples, max_seq_length, seed, device)
     kept = kept_beside(output, resume)
@@ -113,6 +117,7 @@ def build(
     weights: str | WeightFormat | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    dtype: str | None = None,
     calibration: Any = None,
     num_calibration_samples: int | None = None,
     max_seq_length: int = 512,
@@ -133,7 +138,9 @@ def build(
     """
     from qc.backends.device.toolchain import toolchain_for  # loads TVM
 
-    machine, passes, _ = quantization(target, recipe, weights, bits, group_size, calibration)
+    machine, passes, _ = quantization(
+        target, recipe, weights, bits, group_size, calibration, dtype=dtype
+    )
     if machine.device in ("torch", "rocm"):
         raise TargetError(f"packages are built for CPUs and for cuda; {target} is neither")
     if machine.gpu is None:
@@ -242,11 +249,15 @@ def quantization(
     group_size: int | None,
     calibration: Any = None,
     cache: str | None = None,
+    dtype: str | None = None,
 ) -> tuple[Target, Pipeline, str]:
     """Return the machine that a target names, the passes to run, and the recipe that it names."""
     machine, named = parse_target(target, RECIPES)
+    machine = computing(machine, dtype)
     given = calibration is not None
     passes = resolve_recipe(recipe or named, weights, bits, group_size, given)
+    if dtype == "bf16" and cache is None and CACHES["f16"] in passes.passes:
+        cache = "bf16"  # what overflows float16 may be a key
     return machine, caching(passes, cache), named
 
 
@@ -285,6 +296,7 @@ def check(
     bits: int | None = None,
     group_size: int | None = None,
     cache: str | None = None,
+    dtype: str | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: bool | Callable[[str, float], None] = False,
 ) -> CheckReport:
@@ -293,7 +305,9 @@ def check(
 
     No weight is quantized and nothing is written. Predictions are nominal: decision 009.
     """
-    machine, passes, _ = quantization(target, recipe, weights, bits, group_size, cache=cache)
+    machine, passes, _ = quantization(
+        target, recipe, weights, bits, group_size, cache=cache, dtype=dtype
+    )
     with shown(progress) as report:
         report("capture", 0.0)
         canonical = trace(model, example_inputs).canonicalize(report)

@@ -321,7 +321,7 @@ def resolve_recipe(
 
 
 def caching(pipeline: Pipeline, cache: str | None) -> Pipeline:
-    """Return the passes with keys and values kept as `cache` says: "f32", "f16", "int8", "e4m3".
+    """Return the passes with keys and values kept as `cache` says, a name of CACHES.
 
     RecipeError for another name.
     """

@@ -72,6 +72,9 @@ def check_graph(canonical: Graph, passes: Pipeline, target: Target, source: str)
         return report
     if target.device == "torch":
         notes.append("reference interpreter, no speed-up")
+    if target.gpu is not None and target.gpu.dtype == "bf16":
+        notes.append("computes in bfloat16, sums in float32")
+    notes += small_float_notes(found.linears, target)
     return CheckReport(
         source,
         str(target),
@@ -81,6 +84,17 @@ def check_graph(canonical: Graph, passes: Pipeline, target: Target, source: str)
         cost=cost_of(canonical, found.graph, target),
         notes=tuple(notes),
     )
+
+
+def small_float_notes(linears: Sequence[PlannedLinear], target: Target) -> list[str]:
+    """Say where activations of e4m3 meet no tensor cores that multiply them."""
+    reading = [x for x in linears if x.activation is not None and x.activation.kind == "e4m3"]
+    widened = [x for x in reading if not any("fp8" in rule for rule in x.rules)]
+    if target.gpu is None or not widened:
+        return []
+    name = {"f16": "float16", "bf16": "bfloat16"}[target.gpu.dtype]
+    why = "" if "f8" in target.gpu.products else f": {target} has no products of e4m3"
+    return [f"{len(widened)} of {len(reading)} linears with e4m3 inputs multiply in {name}{why}"]
 
 
 def folded(linears: Sequence[PlannedLinear], target: Target) -> list[CheckedLinear]:

@@ -53,6 +53,7 @@ def linears_of(graph: Graph, target: Target) -> list[PlannedLinear]:
 
         on_gpu = GpuChooser(target)
         return [linear for node in graph.nodes for linear in on_gpu.linears(node)]
+    require_int_activations(graph, target)
     chooser = KernelChooser(target)
     return [linear for node in graph.nodes for linear in chooser.linears(node)]
 
@@ -69,6 +70,7 @@ def require_kernels(graph: Graph, target: Target) -> None:
     from qc.backends.linear_region import match_linear
     from qc.backends.region import region_of
 
+    require_int_activations(graph, target)
     for node in graph.nodes:
         if not isinstance(node.op, Fused):
             continue
@@ -77,6 +79,20 @@ def require_kernels(graph: Graph, target: Target) -> None:
         region = region_of(node, target)
         if inside and match_linear(region) is None:
             other_kernel(node, region)
+
+
+def require_int_activations(graph: Graph, target: Target) -> None:
+    """Refuse activations of small floats on a CPU: none multiplies them."""
+    for node in graph.nodes:
+        format, op = node.tensor.format, node.op
+        if format is None or format.kind == "int" or not isinstance(op, Fused):
+            continue
+        if isinstance(op.body.outputs[0].op, ops.Quantize):
+            raise UnsupportedError(
+                f"no kernel of {target} reads activations of {format.code}: recipe w8 has int8 "
+                "ones, w8a16 leaves them as they are; GPUs from sm_89 on multiply e4m3",
+                origin=node.origin.module or None,
+            )
 
 
 def other_kernel(node: Node, region: Region) -> Kernel | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class Gpu:
     multiprocessors: int
     bandwidth: float
     operations: float
+    dtype: str = "f16"
+    """What values between kernels are: "f16" or "bf16"; sums are float32 in either case."""
 
     def also(self, other: Gpu) -> Gpu:
         """Return what holds on both."""
@@ -40,6 +42,7 @@ class Gpu:
             min(self.multiprocessors, other.multiprocessors),
             min(self.bandwidth, other.bandwidth),
             min(self.operations, other.operations),
+            self.dtype,
         )
 
 
@@ -246,6 +249,22 @@ def gpu_target(device: str, architectures: Sequence[str]) -> Target:
     table = GPUS if device == "cuda" else ROCM
     gpu = reduce(Gpu.also, (table[name] for name in architectures))
     return Target(device, "+".join(architectures), gpu=gpu)
+
+
+GPU_TYPES = ("f16", "bf16")
+"""What a GPU can compute in: float16 is 8 times as exact, bfloat16 has the range of float32."""
+
+
+def computing(target: Target, dtype: str | None) -> Target:
+    """Return a GPU that computes in another type; TargetError where there is no choice."""
+    if dtype is None:
+        return target
+    if target.gpu is None:
+        raise TargetError(f"dtype is for GPUs: {target} computes in float32")
+    if dtype not in GPU_TYPES:
+        hint = nearest(dtype, GPU_TYPES) or f"; known are {', '.join(GPU_TYPES)}"
+        raise TargetError(f"a GPU does not compute in {dtype!r}{hint}")
+    return replace(target, gpu=replace(target.gpu, dtype=dtype))
 
 
 def parse_target(name: str, recipes: Collection[str]) -> tuple[Target, str]:

@@ -386,12 +386,8 @@ class Artifact:
             with self._executor() as executor:
                 session = Session(executor, rows.shape[0])
                 session.reserve(rows.shape[1] + count)
-                logits = session.prefill(rows, chunk)
+                chosen = sampling.choose_rows(session.prefill(rows, chunk), random, alive, pad)
                 for left in range(count - 1, -1, -1):
-                    chosen = [
-                        sampling.choose(line, random) if going else pad
-                        for line, going in zip(logits, alive, strict=True)
-                    ]
                     alive = [
                         going and token not in stop
                         for token, going in zip(chosen, alive, strict=True)
@@ -399,7 +395,7 @@ class Artifact:
                     yield chosen
                     if not left or not any(alive):
                         return
-                    logits = session.advance(chosen)
+                    chosen = session.choose(chosen, sampling, random, alive, pad)
 
         return run()
 

@@ -440,6 +440,16 @@ class Binding:
                 if failed >= 0:
                     self._fail(start + failed)
 
+    @property
+    def can_choose(self) -> bool:
+        """Say whether `choose` works: tokens are chosen where the logits are."""
+        return False
+
+    def choose(self, settings: NDArray[np.int32], past: int) -> list[int]:
+        """Run all steps like `run` and return a token for each row of logits, chosen as
+        `Sampling.settings` says; -1 where logits are no numbers. `outputs` do not hold then."""
+        raise NotImplementedError
+
     def profile(self, past: int = 0) -> NDArray[np.float64]:
         """Run all steps like `run` and return the seconds that each took."""
         self._set_past(past)

@@ -205,7 +205,8 @@ class Generate:
     """Say how to generate text: `tokens` is the input of ids, `logits` the output to choose from.
 
     `top_k`, `top_p` are used when a caller samples without saying otherwise. `chunk` is how many
-    tokens of a prompt one call takes.
+    tokens of a prompt one call takes. `sampler` names the kernels that choose tokens on a GPU: see
+    qc/runtime/cuda/sampling.py.
     """
 
     tokens: str
@@ -216,6 +217,7 @@ class Generate:
     top_k: int | None = None
     top_p: float | None = None
     chunk: int = DEFAULT_CHUNK
+    sampler: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

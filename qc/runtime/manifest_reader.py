@@ -156,7 +156,7 @@ def _read_content(content: dict[str, Any]) -> Manifest:
         inputs=_read_signature(top, "inputs", values),
         outputs=_read_signature(top, "outputs", values),
         context_length=context,
-        generate=_read_generate(top, values) if top.has("generate") else None,
+        generate=_read_generate(top, values, code) if top.has("generate") else None,
         report=top.table("report") if top.has("report") else {},
         tokenizer=top.take("tokenizer", "true or false", _boolean)
         if top.has("tokenizer")
@@ -518,7 +518,7 @@ def _read_signature(
     return tuple(names)
 
 
-def _read_generate(top: _Record, values: tuple[Value, ...]) -> Generate:
+def _read_generate(top: _Record, values: tuple[Value, ...], code: Mapping[str, Code]) -> Generate:
     record = _Record(top.table("generate"), "generate")
     by_name = {value.name: value for value in values}
     tokens = by_name.get(record.text("tokens"))
@@ -563,9 +563,25 @@ def _read_generate(top: _Record, values: tuple[Value, ...]) -> Generate:
         if record.has("top_p")
         else None,
         chunk=record.integer("chunk", 1, 2**20) if record.has("chunk") else DEFAULT_CHUNK,
+        sampler=_read_sampler(record, logits, code) if record.has("sampler") else (),
     )
     record.done()
     return generate
+
+
+SAMPLER_POINTERS = 3, 5
+"""How many pointers the kernels of a sampler take."""
+
+
+def _read_sampler(record: _Record, logits: Value, code: Mapping[str, Code]) -> tuple[str, ...]:
+    """Read the names of the two kernels that choose tokens."""
+    names = record.items("sampler", 2)
+    kinds = [code[name].parameters if name in code else None for name in names]
+    if names and kinds != [(*("pointer",) * count, "i32") for count in SAMPLER_POINTERS]:
+        raise record.fail("sampler", "the two kernels of qc/runtime/cuda/sampling.py")
+    if names and (logits.dtype != "f32" or type(logits.shape[-1]) is not int):
+        raise record.fail("sampler", "empty where logits are not f32 of a known vocabulary")
+    return tuple(names)
 
 
 def _read_files(top: _Record) -> dict[str, FileEntry]:

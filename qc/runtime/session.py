@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qc.errors import ContextLengthError, InputError, UnsupportedError
+from qc.errors import ArtifactError, ContextLengthError, InputError, UnsupportedError
 from qc.runtime.executor import Binding, Executor
 from qc.runtime.manifest import Generate, Manifest
+from qc.runtime.sampling import NOT_NUMBERS, Sampling
 
 __all__ = ["Session", "as_float", "generation_of"]
 
@@ -110,23 +112,48 @@ class Session:
         executor = self._executor
         if not executor.program.has_state:
             return self.prefill(np.array(ids)[:, None])
+        with executor.lock:
+            binding = self._bind_step(ids)
+            binding.run(executor.past)
+            executor.past += 1
+            return self._last_logits(binding)
+
+    def choose(
+        self, ids: list[int], sampling: Sampling, random: np.random.Generator,
+        alive: Sequence[bool], pad: int,
+    ) -> list[int]:  # fmt: skip
+        """Append one token to each row; return the next of every row that is alive, `pad` of
+        others. Where the program can, tokens are chosen without the logits coming here."""
+        executor = self._executor
+        if executor.program.has_state:
+            with executor.lock:
+                binding = self._bind_step(ids)
+                if binding.can_choose:
+                    found = binding.choose(sampling.settings(random, alive), executor.past)
+                    executor.past += 1
+                    chosen = [t if going else pad for t, going in zip(found, alive, strict=True)]
+                    if min(chosen) < 0:
+                        raise ArtifactError(NOT_NUMBERS)
+                    return chosen
+        return sampling.choose_rows(self.advance(ids), random, alive, pad)
+
+    def _bind_step(self, ids: list[int]) -> Binding:
+        """Return the binding of a step for one token of each row, filled. The lock is held."""
+        executor = self._executor
         if len(ids) != self.batch:
             raise InputError(f"this session has {self.batch} rows; {len(ids)} ids came")
         self._check_range(min(ids), max(ids))
-        with executor.lock:
-            past = executor.past
-            if past >= self._limit:
-                raise ContextLengthError(
-                    f"token {past + 1} is one too many: the context holds {self._limit}"
-                )
-            executor.reserve(self.batch, past + 1)
-            binding = executor.bind(
-                {"batch": self.batch, "seq": 1, "keep": 1, "context": executor.capacity}
+        past = executor.past
+        if past >= self._limit:
+            raise ContextLengthError(
+                f"token {past + 1} is one too many: the context holds {self._limit}"
             )
-            binding.inputs[self._generate.tokens][:, 0] = ids
-            binding.run(past)
-            executor.past = past + 1
-            return self._last_logits(binding)
+        executor.reserve(self.batch, past + 1)
+        binding = executor.bind(
+            {"batch": self.batch, "seq": 1, "keep": 1, "context": executor.capacity}
+        )
+        binding.inputs[self._generate.tokens][:, 0] = ids
+        return binding
 
     def _check_range(self, least: int, greatest: int) -> None:
         if least < 0 or greatest >= self._below:

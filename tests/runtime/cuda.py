@@ -35,6 +35,7 @@ PARAMETERS = {
     "head": (*POINTERS, *("i32",) * 6),
 }
 """The last says whether a kernel may begin early."""
+SAMPLER = {"best": (*POINTERS, "i32"), "next": (*POINTERS, "pointer", "pointer", "i32")}
 
 
 @cache
@@ -73,7 +74,7 @@ def code(architectures: tuple[str, ...] = ("sm_90",), shared: int = 0) -> dict[s
             tuple(Binary(each, f"code/{each}/{name}.cubin", shared) for each in architectures),
             overlaps=True,
         )
-        for name, kinds in PARAMETERS.items()
+        for name, kinds in {**PARAMETERS, **SAMPLER}.items()
     }  # fmt: skip
 
 
@@ -107,6 +108,13 @@ def language_manifest(**changes: Any) -> Manifest:
         ),
         **changes,
     )  # fmt: skip
+
+
+def choosing_manifest(**changes: Any) -> Manifest:
+    """Describe the toy language model with kernels that choose tokens."""
+    manifest = language_manifest(**changes)
+    assert manifest.generate is not None
+    return replace(manifest, generate=replace(manifest.generate, sampler=("best", "next")))
 
 
 def write_artifact(path: Path, manifest: Manifest | None = None, wrong: bool = False) -> Path:

@@ -175,6 +175,7 @@ CUresult cuFuncSetAttribute(void *f, int what, int value) {
   return 0;
 }
 
+enum { STUB_VOCABULARY = 41 };
 /* The kernels of the toy model: float32, ids int64; tests/runtime/cuda.py says which arguments. */
 static CUresult trace(int f, const unsigned *grid, const uint64_t *a) {
   const char *path = getenv("STUB_TRACE"), *kinds = declared[f];
@@ -232,10 +233,32 @@ static CUresult run_kernel(int f, const unsigned *grid, const uint64_t *a) {
           for (int c = 0; c < width; c++) sum += y[((size_t)b * seq + seq - keep + t) * width + c] * table[w * width + c];
           logits[((size_t)b * keep + t) * words + w] = sum;
         }
+  } else if (!strcmp(name, "best")) { /* logits, values, ids; toy vocabularies are one block */
+    float *logits = (void *)a[0], *values = (void *)a[1];
+    int32_t *ids = (void *)a[2];
+    for (unsigned row = 0; row < grid[1]; row++) {
+      if (grid[0] != 1 || !known(a[0], 4UL * STUB_VOCABULARY * grid[1]) || !known(a[1], 4)) return ILLEGAL;
+      ids[row] = 0;
+      for (int w = 1; w < STUB_VOCABULARY; w++)
+        if (logits[row * STUB_VOCABULARY + w] > logits[row * STUB_VOCABULARY + ids[row]]) ids[row] = w;
+      values[row] = logits[row * STUB_VOCABULARY + ids[row]];
+    }
+  } else if (!strcmp(name, "next")) { /* logits, values, ids, settings, chosen: who draws gets a token
+                                         that says what was asked for, no numbers give -1 */
+    int32_t *ids = (void *)a[2], *settings = (void *)a[3], *chosen = (void *)a[4];
+    float *values = (void *)a[1];
+    if (!known(a[3], 16UL * grid[0]) || !known(a[4], 4UL * grid[0])) return ILLEGAL;
+    for (unsigned row = 0; row < grid[0]; row++) {
+      int32_t *asked = settings + 4 * row;
+      int drawn = (asked[1] + (asked[2] >> 28) + (asked[3] >> 26)) % STUB_VOCABULARY;
+      chosen[row] = values[row] != values[row] ? -1 : asked[0] ? drawn : ids[row];
+    }
   } else return NOT_FOUND;
   return 0;
 }
 static const char *kinds(const char *name) { /* p: a pointer, i: an i32; late; then two null pointers */
+  if (!strcmp(name, "best")) return "pppipp";
+  if (!strcmp(name, "next")) return "pppppipp";
   return !strcmp(name, "embed") ? "pppiiipp" : !strcmp(name, "head") ? "pppiiiiiipp" : "pppiiiiipp";
 }
 static CUresult launch(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,

@@ -13,6 +13,7 @@ from qc.errors import ArtifactError, ContextLengthError, UnsupportedError
 from qc.runtime import load
 from qc.runtime.cuda.executor import CudaProgram
 from qc.runtime.cuda.order import Access, dependencies, late_starts
+from qc.runtime.sampling import Sampling, share
 from tests.runtime import cuda, toy
 
 
@@ -66,6 +67,58 @@ def test_calls_that_come_again_are_one_graph(tmp_path: Path) -> None:
     assert stub.stub_log().decode().splitlines()[:4] == [
         "embed 1x1x1", "append 1x1x1", "mix 1x1x1", "head 1x1x1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_tokens_are_chosen_in_the_graph_of_a_step(tmp_path: Path, architecture: str) -> None:
+    stub = cuda.stub()
+    stub.stub_set_device(int(architecture[3:]), 232448)
+    manifest = cuda.choosing_manifest(code=cuda.code((architecture,)))
+    artifact = load(cuda.write_artifact(tmp_path / "toy.qc", manifest))
+    stub.stub_reset()
+    assert artifact.generate([1, 2, 3], 20) == toy.expected_tokens([1, 2, 3], 20)
+    assert stub.stub_graph_launches() == 18  # the first step is run as it is
+    assert stub.stub_launches() == 4 + 19 * 6  # the prompt's logits come here
+    log = stub.stub_log().decode().splitlines()
+    assert log[8:10] == ["best 1x1x1", "next 1x1x1"]
+
+
+def test_a_step_may_choose_or_give_logits(tmp_path: Path) -> None:
+    artifact = load(cuda.write_artifact(tmp_path / "toy.qc", cuda.choosing_manifest()))
+    ids, random = [3, 1, 4], np.random.default_rng(0)
+    session = artifact.session()
+    session.prefill(ids)
+    for turn in range(9):
+        ids.append(turn * 5 % 41)
+        if turn % 2:
+            found = int(session.step(ids[-1])[0].argmax())
+        else:
+            (found,) = session.choose([ids[-1]], Sampling(), random, [True], 0)
+        assert found == int(toy.expected_logits(ids)[-1].argmax())
+
+
+def test_what_is_asked_for_reaches_the_kernel(tmp_path: Path) -> None:
+    """Row after row draws from one generator, as it does where the logits come here."""
+    artifact = load(cuda.write_artifact(tmp_path / "toy.qc", cuda.choosing_manifest()))
+    session = artifact.session(batch=3)
+    session.prefill([[1], [2], [3]])
+    random, again = np.random.default_rng(7), np.random.default_rng(7)
+    for _ in range(3):
+        sampling = Sampling(0.5, top_k=9, top_p=0.25)
+        found = session.choose([1, 2, 3], sampling, random, [True, False, True], 40)
+        shares = [share(again.random()) for _ in range(2)]
+        expected = [(9 + 2 + (each >> 26)) % 41 for each in shares]
+        assert found == [expected[0], 40, expected[1]]
+
+
+def test_logits_that_are_no_numbers_are_an_error_on_the_gpu_too(tmp_path: Path) -> None:
+    folder = cuda.write_artifact(tmp_path / "toy.qc", cuda.choosing_manifest())
+    artifact = load(folder)
+    artifact._program.weights[1][...] = np.nan
+    session = artifact.session()
+    session.prefill([1])
+    with pytest.raises(ArtifactError, match="NaN"):
+        session.choose([1], Sampling(), np.random.default_rng(0), [True], 0)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

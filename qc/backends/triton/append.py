@@ -55,7 +55,7 @@ def declare(glue: Glue, region: Region, node: Node) -> str:
     operand = region.body.inputs.index(node)
     shape = cache_shape(node) if is_cache(region.operands[operand]) else flat(node)
     argument = ArrayArgument(operand, "values", shape)
-    return glue.pointer(argument, stored_dtype(region.operands[operand]))
+    return glue.pointer(argument, stored_dtype(region.operands[operand], region.target))
 
 
 def tile_of(glue: Glue, source: Node, pointers: Mapping[Node, str]) -> tuple[str, list[object]]:

@@ -10,10 +10,12 @@ from qc.backends.artifact import ArtifactFacts, Progress, generation_facts, toke
 from qc.backends.lowering import Lowered
 from qc.backends.stored import tensor_sources
 from qc.backends.triton.compile import compile_launch
+from qc.backends.triton.glue import launch_name
 from qc.backends.triton.golden import Golden, golden_checks
 from qc.backends.triton.kernel import Cubin, Launch
 from qc.backends.triton.lower import GpuLowering
 from qc.backends.triton.rules import GPU_RULES
+from qc.backends.triton.sampling import sampler_launches
 from qc.errors import TargetError
 from qc.ir.graph import Graph
 from qc.ir.target import Target
@@ -42,9 +44,11 @@ def write_gpu_artifact(
         progress("lower", 0.0)
         lowering = GpuLowering(graph, target, GPU_RULES)
         lowered = lowering.run()
-        compiled = compile_all(lowered.kernels, target.gpu.architectures, progress)
-        code, files = code_of(lowered.kernels, compiled)
-        for name, launch in lowered.kernels.items():
+        sampler = sampler_of(lowered, facts)
+        kernels = {**lowered.kernels, **sampler}
+        compiled = compile_all(kernels, target.gpu.architectures, progress)
+        code, files = code_of(kernels, compiled)
+        for name, launch in kernels.items():
             writer.add(f"source/{name}.py", launch.source.encode())
         for name, content in files.items():
             writer.add(name, content)
@@ -58,7 +62,24 @@ def write_gpu_artifact(
             writer.add(name, content)
         for name, text in facts.texts.items():
             writer.add(name, text.encode())
-        writer.finish(manifest_of(lowered, facts, bool(tokenizer), code, golden))
+        manifest = manifest_of(lowered, facts, bool(tokenizer), code, golden)
+        if manifest.generate is not None:
+            generate = replace(manifest.generate, sampler=tuple(sampler))
+            manifest = replace(manifest, generate=generate)
+        writer.finish(manifest)
+
+
+def sampler_of(lowered: Lowered[Launch], facts: ArtifactFacts) -> dict[str, Launch]:
+    """Return the kernels that choose tokens, by name, in order; none where nothing generates."""
+    states = sum(value.kind == "state" for value in lowered.values)
+    generate = generation_facts(lowered.inputs, lowered.outputs, facts.eos, facts.bos, states)
+    if generate is None:
+        return {}
+    logits = next(value for value in lowered.values if value.name == generate.logits)
+    vocabulary = logits.shape[-1]
+    if logits.dtype != "f32" or not isinstance(vocabulary, int):
+        return {}
+    return {launch_name(each): each for each in sampler_launches(vocabulary)}
 
 
 def compile_all(

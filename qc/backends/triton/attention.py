@@ -14,9 +14,9 @@ import torch
 
 from qc.backends.region import Region
 from qc.backends.triton.append import codes_of, declare, inner_nodes, rope_of
-from qc.backends.triton.glue import Glue, Text, power_of_two
+from qc.backends.triton.glue import NAMES, Glue, Text, power_of_two
 from qc.backends.triton.kernel import Call, Cells, KernelRule, Launch, Scratch, Variant
-from qc.backends.triton.storage import declare_result, is_cache
+from qc.backends.triton.storage import declare_result, half_dtype, is_cache
 from qc.ir import ops
 from qc.ir.node import Node
 from qc.ir.types import Dim, element_count, symbol
@@ -129,7 +129,8 @@ class Writer:
     def queries(self, number: str, head: str, exists: str) -> str:
         """Write the loading of rows of queries."""
         problem, glue = self.problem, self.glue
-        sizes = problem.heads, problem.dim, padded(problem.dim)
+        dtype = Text(NAMES[half_dtype(problem.region.target)])
+        sizes = problem.heads, problem.dim, padded(problem.dim), dtype
         rotation = rope_of(problem.region.root.inputs[0])
         q = self.pointers[problem.q]
         if rotation is None:

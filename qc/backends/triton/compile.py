@@ -35,7 +35,7 @@ def compile_launch(launch: Launch, architecture: int, folder: Path | None = None
     stem = (folder or cache_folder() / "cubin") / key[:2] / key
     found = read_cubin(stem)
     if found is None:
-        older = OLDER.get(architecture)
+        older = None if launch.multiplies_small_floats else OLDER.get(architecture)
         if older is None:
             found = build(function, launch, architecture)
         else:
@@ -84,7 +84,8 @@ def compiled(function: Any, launch: Launch, target: GPUTarget) -> Any:
 
 
 OLDER = {86: 80, 89: 80}
-"""Architectures of one generation: the code of the older one is theirs, up to the assembler."""
+"""Architectures of one generation: the code of the older one is theirs, up to the assembler, but
+for products of small floats, which sm_89 has alone."""
 
 
 def assembled(older: Cubin, architecture: int) -> Cubin:

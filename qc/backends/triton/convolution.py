@@ -7,9 +7,9 @@ side is read from the image as it is needed.
 from __future__ import annotations
 
 from qc.backends.region import Region, Repack
-from qc.backends.triton.glue import Glue, power_of_two
+from qc.backends.triton.glue import NAMES, Glue, Text, power_of_two
 from qc.backends.triton.kernel import Call, Cells, KernelRule, Variant
-from qc.backends.triton.storage import declare_input, declare_result, is_cache
+from qc.backends.triton.storage import declare_input, declare_result, half_dtype, is_cache
 from qc.ir import ops
 from qc.ir.types import element_count
 
@@ -44,7 +44,7 @@ def convolution(region: Region) -> Call | None:
         "convolution.products", pointers[image], pointers[filters], place, output, places, first,
         channels, *map(int, image.tensor.shape[2:]), size, *map(int, pixels), *window,
         *op.stride, *op.padding, *op.dilation, op.groups,
-        min(STEP, max(LEAST, power_of_two(depth))),
+        min(STEP, max(LEAST, power_of_two(depth))), Text(NAMES[half_dtype(region.target)]),
     )  # fmt: skip
     if bias:
         value = glue.call("convolution.biased", value, pointers[bias[0]], output, first, size)

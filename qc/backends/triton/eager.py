@@ -22,8 +22,8 @@ from qc.errors import TargetError
 from qc.ir import ops
 from qc.ir.fused import fuse
 from qc.ir.node import Node, make
-from qc.ir.target import parse_machine
-from qc.ir.types import TensorType, bind_dim, symbol
+from qc.ir.target import computing, parse_machine
+from qc.ir.types import DTYPE_NAMES, TensorType, bind_dim, symbol
 from qc.ir.weights.weight import Weight
 from qc.runtime.cuda.driver import LIBRARY, Driver
 
@@ -51,18 +51,21 @@ class EagerLinear:
     """One stored weight with what follows its product, laid out on a GPU. It keeps nothing of the
     weight as it came."""
 
-    def __init__(self, weight: Weight, bias: bool, activation: str, residual: bool) -> None:
+    def __init__(
+        self, weight: Weight, bias: bool, activation: str, residual: bool, dtype: torch.dtype
+    ) -> None:
         planned = weight.format.planned(weight.name, weight.shape, weight.dtype)
         self.node, self.inputs = node_of(planned, bias, activation, residual)
         capability = driver().capability
-        call = linear_rule(region_of(self.node, parse_machine(f"cuda:sm_{capability}")))
+        machine = computing(parse_machine(f"cuda:sm_{capability}"), DTYPE_NAMES[dtype])
+        call = linear_rule(region_of(self.node, machine))
         if call is None:
             raise TargetError(f"no GPU kernel multiplies by {weight.format} {list(weight.shape)}")
         self.call, self.laid = call, laid_out(call, self.node, weight)
         self.loaded: dict[int, Placed] = {}
 
     def run(self, values: Sequence[Tensor], result: Tensor) -> None:
-        """Compute the result of float16 operands, in the order of `inputs`."""
+        """Compute the result of operands of its type, in the order of `inputs`."""
         rows = result.shape[0]
         operands = [
             node.op.weight if isinstance(node.op, ops.Parameter) else values[self.inputs[node]]
@@ -166,16 +169,17 @@ def run_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor:
     """Return activation(x W^T + bias) + residual for x [rows, in] on a GPU, computed in float16
-    with float32 sums."""
+    with float32 sums, or in bfloat16 where x is."""
     arrays = [array for term in weight.terms for array in term.arrays().values()]
     epilogue = bias is not None, activation, residual is not None
-    key = (*map(state_of, arrays), str(weight.format), *epilogue)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
+    key = (*map(state_of, arrays), str(weight.format), *epilogue, dtype)
     if key not in kept:
-        kept[key] = EagerLinear(weight, *epilogue)
+        kept[key] = EagerLinear(weight, *epilogue, dtype)
         weakref.finalize(arrays[0], kept.pop, key, None)
-    result = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float16, device=x.device)
+    result = torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
     if x.shape[0]:
         values = [x, bias, residual]
-        halves = [v if v is None else v.to(torch.float16).contiguous() for v in values]
+        halves = [v if v is None else v.to(dtype).contiguous() for v in values]
         kept[key].run(halves, result)  # type: ignore[arg-type]  # inputs name what is there
     return result.to(x.dtype)

@@ -20,6 +20,7 @@ import torch
 
 from qc.backends.region import ArrayArgument, Repack, SizeArgument
 from qc.backends.triton.expression import Rendering
+from qc.backends.triton.glue import NAMES
 from qc.backends.triton.kernel import (
     LATE,
     OVERLAP,
@@ -58,8 +59,15 @@ class Emission:
     """Of the names of its functions, where several kernels share a module."""
     early: frozenset[str] | None = None
     """The parameters that are named in front of the join, once there is one."""
+    dtype: torch.dtype = torch.float16
+    """Of activations between kernels, and of what tensor cores multiply."""
     begun: bool = False
     """A statement lets the launches around begin: it may stand behind loads of weights."""
+
+    @property
+    def dtype_name(self) -> str:
+        """What the type of activations is called in generated text."""
+        return NAMES[self.dtype]
 
     def begin(self) -> None:
         """Let the launches around begin, here instead of at the start."""

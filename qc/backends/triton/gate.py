@@ -13,7 +13,18 @@ from qc.backends.triton.compile import WARP, inspect
 from qc.backends.triton.kernel import Cubin
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)([^;]*);")
-TENSOR_CORES = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "OMMA")
+TENSOR_CORES = (
+    "HMMA",
+    "HGMMA",
+    "IMMA",
+    "IGMMA",
+    "QMMA",
+    "QGMMA",
+    "UTCHMMA",
+    "UTCIMMA",
+    "UTCQMMA",
+    "OMMA",
+)
 CONVERSIONS = ("I2F", "F2F", "I2FP")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qc.backends.stored import as_numpy
 from qc.backends.triton.lower import GpuLowering, PlacedCall, torch_dtype
-from qc.backends.triton.storage import is_cache
+from qc.backends.triton.storage import half_dtype, is_cache
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.meaning import evaluate_nodes
@@ -29,8 +29,8 @@ PAST, CONTEXT = 5, 64
 MOST_ELEMENTS = 1 << 22
 """Of an output: the last variant for many rows of a vocabulary would be larger than its kernel is
 worth."""
-FLOAT_TOLERANCE = 4e-3
-"""Twice what the error of a linear may be: results are rounded to float16 as well."""
+FLOAT_TOLERANCE, BRAIN_TOLERANCE = 4e-3, 2e-2
+"""Twice what the error of a linear may be: results are rounded to float16, or to bfloat16."""
 CODE_TOLERANCE = 2e-2
 """A code that falls on the other side of a border is off by one, of at most 127."""
 
@@ -223,7 +223,10 @@ class GoldenWriter:
             room = held[index].clone()
             room[:, : result.shape[1]] = result.to(stored)
             result = room
-        yield index, result.to(stored), FLOAT_TOLERANCE if stored.is_floating_point else 0.0
+        target = self.lowering.program.target
+        brain = half_dtype(target) == torch.bfloat16
+        tolerance = BRAIN_TOLERANCE if brain else FLOAT_TOLERANCE
+        yield index, result.to(stored), tolerance if stored.is_floating_point else 0.0
 
 
 CONTEXT_SIZE: Any = object()

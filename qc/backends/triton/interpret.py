@@ -2,16 +2,21 @@
 
 For tests only. It works where TRITON_INTERPRET=1 was set before Triton was imported. What the
 emulation checks is our reading of PTX; that the assembler reads it so, a GPU has to confirm.
-Source: PTX ISA 8.5, sections 9.7.8.6 (lop3), 9.7.4.4 (fma.f16x2).
+Source: PTX ISA 8.5, sections 9.7.8.6 (lop3), 9.7.4.4 (fma.f16x2, fma.bf16x2).
+
+Triton's interpreter keeps bfloat16 as bits in uint16 and computes with those numbers; here its
+operations widen them to float32, and round results to nearest, ties to even.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 Words = Any
@@ -39,6 +44,27 @@ def fused(a: Words, b: Words, c: Words) -> Words:
     return np.ascontiguousarray(rounded).view(np.uint32).reshape(a.shape)
 
 
+def widened(words: Any) -> Any:
+    """Return bfloat16, held as uint16, in float32."""
+    bits: Any = np.ascontiguousarray(words).view(np.uint16).astype(np.uint32) << np.uint32(16)
+    return bits.view(np.float32)
+
+
+def narrowed(values: Any) -> Any:
+    """Round float32 to bfloat16, held as uint16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def fused_brain(a: Words, b: Words, c: Words) -> Words:
+    """a b + c of bfloat16 pairs, rounded once: float64 holds their product and, where it is not
+    2^37 times as large as c or as small, the sum."""
+    wide = [widened(each).reshape(*a.shape, 2).astype(np.float64) for each in (a, b, c)]
+    rounded = narrowed((wide[0] * wide[1] + wide[2]).astype(np.float32))
+    return np.ascontiguousarray(rounded).view(np.uint32).reshape(a.shape)
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, n: a >> n,
@@ -46,6 +72,7 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "and.b32": lambda a, b: a & b,
     "lop3.b32": lop3,
     "fma.rn.f16x2": fused,
+    "fma.rn.bf16x2": fused_brain,
 }
 
 
@@ -89,16 +116,99 @@ def create_inline_asm(
     handles = []
     for words, type in zip(found, types, strict=True):
         element = getattr(type, "scalar", type)
-        kind = np.float16 if pack == 2 else np.int8  # what fills a register, pack at a time
+        halves_of = np.uint16 if element == tl.bfloat16 else np.float16
+        kind = halves_of if pack == 2 else np.int8  # what fills a register, pack at a time
         data = np.ascontiguousarray(words).view(kind).reshape(shape)
         handles.append(interpreter.TensorHandle(data, element))
     return Results(handles)
 
 
+# ---------------------------------------------------------------- bfloat16
+
+ARITHMETIC = (
+    "fadd", "fsub", "fmul", "fdiv", "fma", "fneg", "fabs", "exp", "exp2", "log", "log2", "sin",
+    "cos", "erf", "sqrt", "rsqrt", "floor", "minnumf", "maxnumf", "minimumf", "maximumf",
+    "clampf", "precise_divf", "precise_sqrt",
+)  # fmt: skip
+"""Methods create_... of the builder that compute with floats; comparisons are others."""
+
+
+def is_brain(handle: Any) -> bool:
+    """Say whether a value of the interpreter is bfloat16."""
+    known = isinstance(handle, interpreter.TensorHandle)
+    return known and handle.dtype.scalar == tl.bfloat16
+
+
+def to_float32(handle: Any) -> Any:
+    """Return a bfloat16 value of the interpreter as float32; anything else as it is."""
+    if not is_brain(handle):
+        return handle
+    data = widened(handle.data).reshape(handle.data.shape)
+    return interpreter.TensorHandle(data, tl.float32)
+
+
+def to_brain(handle: Any) -> Any:
+    """Return a float32 value of the interpreter as bfloat16."""
+    data = narrowed(handle.data).reshape(handle.data.shape)
+    return interpreter.TensorHandle(data, tl.bfloat16)
+
+
+def in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method of the builder compute bfloat16 operands in float32."""
+
+    @wraps(method)
+    def computed(self: Any, *operands: Any, **options: Any) -> Any:
+        if not any(map(is_brain, operands)):
+            return method(self, *operands, **options)
+        result = method(self, *map(to_float32, operands), **options)
+        return to_brain(result) if result.data.dtype == np.float32 else result
+
+    return computed
+
+
+def cast(method: Callable[..., Any], self: Any, source: Any, type: Any, *rest: Any) -> Any:
+    """Convert from and to bfloat16 by way of float32, else as `method` does."""
+    wanted = type.scalar
+    if (source.dtype.scalar == wanted) or tl.bfloat16 not in (source.dtype.scalar, wanted):
+        return method(self, source, type, *rest)
+    source = to_float32(source)
+    if source.dtype.scalar != tl.float32:
+        source = method(self, source, tl.float32, *rest)
+    if wanted == tl.float32:
+        return source
+    return to_brain(source) if wanted == tl.bfloat16 else method(self, source, type, *rest)
+
+
+def multiply(method: Callable[..., Any], self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """Multiply matrices of bfloat16 in float32, as tensor cores do."""
+    return method(self, to_float32(a), to_float32(b), *rest)
+
+
+def bound(change: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `change` of a method, as a method."""
+    return lambda self, *rest: partial(change, method)(self, *rest)
+
+
+def teach_bfloat16(builder: Any) -> None:
+    """Replace the methods of the builder that take bfloat16 for integers."""
+    compared = [name for name in dir(builder) if name.startswith("create_fcmp")]
+    for name in (*(f"create_{each}" for each in ARITHMETIC), *compared):
+        if hasattr(builder, name):
+            setattr(builder, name, in_float32(getattr(builder, name)))
+    builder.create_dot = bound(multiply, builder.create_dot)
+    conversions = ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc")
+    for name in ("cast_impl", "create_fp_to_fp", *(f"create_{each}" for each in conversions)):
+        setattr(builder, name, bound(cast, getattr(builder, name)))
+
+
 def install() -> None:
-    """Teach the interpreter inline PTX; RuntimeError where Triton was not told to interpret."""
+    """Teach the interpreter inline PTX and bfloat16; RuntimeError where Triton was not told to
+    interpret. A second call changes nothing."""
     from triton import knobs
 
     if not knobs.runtime.interpret:
         raise RuntimeError("Triton compiles here: set TRITON_INTERPRET=1 before importing it")
-    interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
+    builder = interpreter.InterpreterBuilder
+    if builder.__dict__.get("create_inline_asm") is not create_inline_asm:
+        builder.create_inline_asm = create_inline_asm
+        teach_bfloat16(builder)

@@ -88,6 +88,11 @@ class Launch:
     most_registers: int | None = None
     """Of a thread: what lets so many programs share a multiprocessor as there are."""
 
+    @property
+    def multiplies_small_floats(self) -> bool:
+        """Say whether it asks for tensor cores that multiply floats of 8 bits."""
+        return "fp8.product(" in self.source
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -11,7 +11,8 @@ from qc.backends.triton.glue import Glue
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.node import Node
-from qc.ir.types import ActivationFormat, Dim, element_count
+from qc.ir.target import Target
+from qc.ir.types import DTYPES_BY_NAME, ActivationFormat, Dim, element_count
 from qc.ir.weights.weight import Weight
 
 PRODUCTS = (ops.Linear, ops.Embedding, ops.Conv2d, ops.Attention)
@@ -20,8 +21,13 @@ PRODUCTS = (ops.Linear, ops.Embedding, ops.Conv2d, ops.Attention)
 known: WeakKeyDictionary[Node, bool] = WeakKeyDictionary()
 
 
-def stored_dtype(node: Node) -> torch.dtype:
-    """Return the type in which a value is stored: float16 for activations, caches as they are.
+def half_dtype(target: Target) -> torch.dtype:
+    """Return the type of activations between kernels, float16 or bfloat16."""
+    return torch.float16 if target.gpu is None else DTYPES_BY_NAME[target.gpu.dtype]
+
+
+def stored_dtype(node: Node, target: Target) -> torch.dtype:
+    """Return the type in which a value is stored: that of activations, or caches as they are.
 
     What is computed from positions and parameters alone, such as the angles of rotations, keeps
     float32: a position of 2049 is no float16.
@@ -31,7 +37,7 @@ def stored_dtype(node: Node) -> torch.dtype:
     kept = isinstance(root.op, ops.Parameter | ops.Input | ops.Append)
     if kept or type.dtype != torch.float32:
         return type.dtype
-    return torch.float16 if is_activation(node) else torch.float32
+    return half_dtype(target) if is_activation(node) else torch.float32
 
 
 def code_dtype(format: ActivationFormat) -> torch.dtype:
@@ -46,7 +52,8 @@ def result_dtype(region: Region) -> torch.dtype:
     if dtype != torch.float32:
         return dtype
     product = any(isinstance(node.op, PRODUCTS) for node in region.body.nodes)
-    return torch.float16 if product or any(map(is_activation, region.operands)) else dtype
+    activations = product or any(map(is_activation, region.operands))
+    return half_dtype(region.target) if activations else dtype
 
 
 def is_activation(node: Node) -> bool:
@@ -81,7 +88,7 @@ def declare_input(
     operand = region.body.inputs.index(node)
     format = region.format_of(node)
     if format is None:
-        dtype = stored_dtype(region.operands[operand])
+        dtype = stored_dtype(region.operands[operand], region.target)
         return glue.pointer(ArrayArgument(operand, "values", flat(node)), dtype)
     shape = tuple(int(d) for d in node.tensor.shape)
     stored = format.arrays(shape)

@@ -305,7 +305,9 @@ def factors_of(region: Region) -> set[Node]:
 def is_local(node: Node, shape: tuple[Dim, ...], root: Node) -> bool:
     """Say whether row r of `node` depends on row r of its inputs alone."""
     type, op = node.tensor, node.op
-    if not isinstance(op, ROW_OPS) or (isinstance(op, ops.Quantize) and node is not root):
+    if isinstance(op, ops.Quantize) and (node is not root or op.format.kind != "int"):
+        return False
+    if not isinstance(op, ROW_OPS):
         return False
     if (not type.is_float and type.shape == shape) or (type.format and node is not root):
         return False

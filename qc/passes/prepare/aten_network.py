@@ -71,10 +71,8 @@ def matrix_product(call: Call, a: Node, b: Node) -> Node:
 
 
 def product(call: Call, a: Node, b: Node) -> Node:
-    """Multiply with `MatMul`; vectors become matrices for it. An outer product has no sums: `Binary`.
-
-    Rotary tables are outer products in transformers before 5.18.
-    """
+    """Multiply with `MatMul`; vectors become matrices for it. Outer products, as rotary tables of
+    older transformers, have no sums: `Binary`."""
     left = a if a.tensor.rank > 1 else call.reshape(a, (1, *a.tensor.shape))
     right = b if b.tensor.rank > 1 else call.reshape(b, (*b.tensor.shape, 1))
     outer = left.tensor.shape[-1] == right.tensor.shape[-2] == 1

@@ -32,7 +32,7 @@ class ExplicitCache(Pass):
 
     The graph stays as it is unless every attention is causal without a mask and nothing else
     mixes positions. Exact in float32 (with past = 0 the same, and then step by step); lossy in
-    float16: rounds keys and values to float16; lossy with a `format`: rounds the keys and the
+    float16 and bfloat16: rounds keys and values; lossy with a `format`: rounds the keys and the
     values of each head to codes, with a scale for each head of a token. Pope et al. 2022, section
     3; Sheng et al. 2023 (FlexGen), section 5.
     """
@@ -55,6 +55,7 @@ class ExplicitCache(Pass):
 CACHES = {
     "f32": ExplicitCache(torch.float32),
     "f16": ExplicitCache(torch.float16),
+    "bf16": ExplicitCache(torch.bfloat16),
     "int8": ExplicitCache(format=ActivationFormat(8)),
     "e4m3": ExplicitCache(format=ActivationFormat(8, kind="e4m3")),
 }

@@ -1,4 +1,4 @@
-"""w8, w4, w8a16, w4a16, w3_rtn, w2_rtn: round-to-nearest in groups of 32.
+"""w8, w4, w8a16, w4a16, w3_rtn, w2_rtn, fp8: round-to-nearest in groups of 32.
 
 At 4 bits the scales and minima of the groups are codes of 8 bits in their turn, with a factor a
 row: half a bit less for each weight, at no more loss.
@@ -6,6 +6,10 @@ row: half a bit less for each weight, at no more loss.
 `wN` also quantizes the activations of those linears to int8, in the same groups; `wNa16` keeps
 them in floating point. Vocabulary tables are stored in int8, a scale a row, tables of positions in
 float16; keys and values are cached in float16.
+
+`fp8` stores weights and activations as floats of 8 bits, e4m3, with a scale a row and a token, and
+the tables in float16: what vLLM and llm-compressor call FP8 dynamic. Micikevicius et al. 2022,
+"FP8 Formats for Deep Learning".
 """
 
 import torch
@@ -22,6 +26,7 @@ CACHE_16 = (ExplicitCache(torch.float16),)
 TABLES_16 = (StoreTables("f16"),)
 STORE_16 = (*TABLES_16, *CACHE_16)
 STORE = (StoreTables("int8·row"), *CACHE_16)
+E4M3_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, kind="e4m3")),)
 INT8_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, 32)),)
 
 W8A16 = Recipe("w8a16", (*STORE, RoundToNearest(GroupedFormat(8, 32, "symmetric"))))
@@ -40,3 +45,4 @@ W4 = Recipe(
     (*W4A16.passes, *INT8_ACTIVATIONS),
     claims=("perplexity: f32 < w8 < w4", "w4 is within 1 % of w4a16 in perplexity"),
 )
+FP8 = Recipe("fp8", (*STORE_16, RoundToNearest("e4m3·row"), *E4M3_ACTIVATIONS))

@@ -14,15 +14,17 @@ from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qc.errors import ArtifactError
 from qc.runtime.cuda.driver import LIBRARY, Driver, Function, find_driver
+from qc.runtime.cuda.launch import Launch
 from qc.runtime.cuda.memory import DeviceMemory, DeviceState, Staging, round_up
 from qc.runtime.cuda.order import Access, Span, dependencies, late_starts
+from qc.runtime.cuda.sampling import Sampler
 from qc.runtime.dtypes import DType
 from qc.runtime.executor import Binding, Executor, Program, StepList
 from qc.runtime.expression import Expression, parse_expression
@@ -44,8 +46,6 @@ from qc.runtime.safetensors_file import SafetensorsFile
 __all__ = ["TURNS", "CudaExecutor", "CudaProgram", "open_cuda_program"]
 
 _WARP = 32
-HIDDEN_POINTERS = 2
-"""Triton's kernels take two more pointers, to scratch memory that these have no use for."""
 SLOT = 16
 """Bytes from one size in memory to the next: kernels count on addresses that are multiples."""
 TURNS = ".turns"
@@ -234,7 +234,10 @@ class CudaBinding(Binding):
         self._driver, self._overlapping = program.device.driver, program.device.overlapping
         self._symbols = dict(sizes) | {PAST: 0}
         self._memo: dict[Dim, int] = {}
-        self._runs, self._graph = 0, ctypes.c_void_p()
+        self._program, self._sampler = program, cast("Sampler | None", None)
+        self._runs = {False: 0, True: 0}
+        self._graphs: dict[bool, ctypes.c_void_p] = {}
+        """By whether tokens are chosen."""
         placement = listing.place(self._size)
         self.arena_bytes = placement.arena
         self._arena = executor.scratch(placement.arena)
@@ -264,58 +267,96 @@ class CudaBinding(Binding):
 
     def run(self, past: int = 0) -> None:
         """Run all steps with `past` tokens in the state, and wait. Raises ArtifactError."""
+        self._execute(past, None)
+
+    @property
+    def can_choose(self) -> bool:
+        generate = self._program.manifest.generate
+        if generate is None or not generate.sampler:
+            return False
+        return self.outputs[generate.logits].shape[1] == 1
+
+    def choose(self, settings: NDArray[np.int32], past: int) -> list[int]:
+        if self._sampler is None:
+            self._sampler = self._make_sampler()
+        self._sampler.settings[...] = settings
+        self._execute(past, self._sampler)
+        chosen: list[int] = self._sampler.chosen.tolist()
+        return chosen
+
+    def _make_sampler(self) -> Sampler:
+        """Return what chooses among this binding's logits."""
+        generate = self._program.manifest.generate
+        assert generate is not None
+        address = self._addresses[self._program.manifest.value_index(generate.logits)]
+        rows, _, vocabulary = self.outputs[generate.logits].shape
+        functions = self._program.device.functions
+        return Sampler(self._driver, functions, generate.sampler, address, rows, vocabulary)
+
+    def _execute(self, past: int, sampler: Sampler | None) -> None:
+        """Run all steps, and those that choose tokens; wait."""
         self._driver.activate()
         self._set_sizes(past)
-        if self._graph.value:
-            self._driver.launch_graph(self._graph)
-        elif self._runs < _RUNS_BEFORE_GRAPH:
-            self._enqueue()
+        chooses = sampler is not None
+        if chooses not in self._graphs and self._runs[chooses] >= _RUNS_BEFORE_GRAPH:
+            self._graphs[chooses] = self._record(sampler)
+        if chooses in self._graphs:
+            self._driver.launch_graph(self._graphs[chooses])
         else:
-            self._record()
-            self._driver.launch_graph(self._graph)
-        self._runs += 1
+            self._enqueue(sampler)
+        self._runs[chooses] += 1
         self._driver.synchronize()
 
     def _set_sizes(self, past: int) -> None:
         self._symbols[PAST] = past
         self._in.arrays[0][:, 0] = [each(self._symbols) for each in self._moving_sizes]
 
-    def _enqueue(self) -> None:
-        """Put everything on the stream."""
+    def _upload(self, sampler: Sampler | None) -> list[Launch]:
+        """Copy what the launches read; return them."""
         self._in.upload()
-        for launch in self._launches:
-            launch.enqueue(self._driver)
-        self._out.download()
+        if sampler is None:
+            return self._launches
+        sampler.taken.upload()
+        return [*self._launches, *sampler.launches]
 
-    def _record(self) -> None:
+    def _download(self, sampler: Sampler | None) -> None:
+        """Copy what is asked for: all outputs, or the chosen tokens alone."""
+        (self._out if sampler is None else sampler.given).download()
+
+    def _enqueue(self, sampler: Sampler | None) -> None:
+        """Put everything on the stream."""
+        for launch in self._upload(sampler):
+            launch.enqueue(self._driver)
+        self._download(sampler)
+
+    def _record(self, sampler: Sampler | None) -> ctypes.c_void_p:
         """Make a graph of everything, in which launches wait only for what they need."""
         self._driver.begin_capture()
         try:
-            self._in.upload()
+            launches = self._upload(sampler)
             if self._overlapping:
-                self._record_line()
+                self._record_line(launches)
             else:
-                self._record_branches()
-            self._out.download()
+                self._record_branches(launches)
+            self._download(sampler)
         except BaseException:
-            self._driver.refused("cuStreamEndCapture", self._driver.stream, ctypes.byref(Handle()))
+            into = ctypes.byref(ctypes.c_void_p())
+            self._driver.refused("cuStreamEndCapture", self._driver.stream, into)
             raise
-        self._graph = self._driver.end_capture()
+        return self._driver.end_capture()
 
-    def _record_line(self) -> None:
+    def _record_line(self, launches: Sequence[Launch]) -> None:
         """Record launches that wait by themselves: each begins while the one in front ends."""
-        order = [launch.access for launch in self._launches]
-        for number, (launch, late) in enumerate(
-            zip(self._launches, late_starts(order), strict=True)
-        ):
+        order = [launch.access for launch in launches]
+        for number, (launch, late) in enumerate(zip(launches, late_starts(order), strict=True)):
             launch.enqueue(self._driver, beside=number > 0, late=late)
 
-    def _record_branches(self) -> None:
+    def _record_branches(self, launches: Sequence[Launch]) -> None:
         """Record launches that begin when those have ended that touch the same memory."""
         driver, nodes = self._driver, list[int]()
-        order = [launch.access for launch in self._launches]
+        order = [launch.access for launch in launches]
         first = driver.recorded()
-        for launch, waits in zip(self._launches, dependencies(order), strict=True):
+        for launch, waits in zip(launches, dependencies(order), strict=True):
             driver.wait_for([nodes[number] for number in sorted(waits)] or first)
             launch.enqueue(driver)
             nodes += driver.recorded()
@@ -344,44 +385,8 @@ class CudaBinding(Binding):
         return [launch.step for launch in self._launches]
 
     def __del__(self) -> None:
-        if getattr(self, "_graph", None) is not None and self._graph.value:
-            self._driver.refused("cuGraphExecDestroy", self._graph)
-
-
-Handle = ctypes.c_void_p
-
-
-class Launch:
-    """A step with its arguments in place."""
-
-    def __init__(
-        self,
-        step: KernelStep,
-        function: Function,
-        grid: Sequence[int],
-        slots: list[Any],
-        access: Access,
-    ) -> None:
-        self.step, self.function, self.grid, self.access = step, function, grid, access
-        self.slots = slots  # the driver reads them through `arguments`
-        self.arguments = (Handle * len(slots))(*[ctypes.addressof(slot) for slot in slots])
-
-    def enqueue(self, driver: Driver, beside: bool = False, late: bool = False) -> None:
-        """Put the launch on the stream; `beside`: it may begin before the one in front has ended,
-        and wait for it `late`. Raises ArtifactError."""
-        put = driver.launch_beside if beside else driver.launch
-        if late:
-            self.slots[-HIDDEN_POINTERS - 1].value = 1
-        try:
-            put(self.function, self.grid, self.arguments)
-        except ArtifactError as error:
-            raise ArtifactError(
-                f"kernel {self.step.kernel!r} failed: {error.message}",
-                origin=self.step.origin or None,
-            ) from None
-        finally:
-            if late:
-                self.slots[-HIDDEN_POINTERS - 1].value = 0
+        for graph in getattr(self, "_graphs", {}).values():
+            self._driver.refused("cuGraphExecDestroy", graph)
 
 
 @dataclass(frozen=True)
@@ -406,7 +411,6 @@ class LaunchWriter:
                 self.slot(step, argument, kind)
                 for argument, kind in zip(step.args, code.parameters, strict=True)
             ]
-            slots += [ctypes.c_uint64(0)] * HIDDEN_POINTERS
             grid = tuple(self.size(dim) for dim in step.grid)
             if 0 not in grid:
                 function = self.program.device.functions[step.kernel]

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from qc.errors import ArtifactError
 from qc.runtime.cuda.executor import SLOT, CudaProgram, LaunchWriter, moving_sizes
 from qc.runtime.cuda.memory import DeviceMemory
+from qc.runtime.cuda.sampling import Sampler
 from qc.runtime.executor import Program
 from qc.runtime.expression import parse_expression
-from qc.runtime.manifest import GOLDEN, Dim, GoldenCheck, KernelStep
+from qc.runtime.manifest import GOLDEN, Dim, Generate, GoldenCheck, KernelStep
 from qc.runtime.safetensors_file import SafetensorsFile
+from qc.runtime.sampling import Sampling
+from qc.runtime.session import as_float
 from qc.runtime.tables import CheckedKernel, Verification
 
 __all__ = ["verify_program"]
@@ -30,8 +33,38 @@ def verify_program(program: Program, folder: Path) -> Verification:
     tensors = SafetensorsFile(folder / GOLDEN)
     program.device.driver.activate()
     checks = program.manifest.golden
-    rows = tuple(run_check(program, check, tensors) for check in checks)
-    return Verification(program.device.driver.name, rows)
+    rows = [run_check(program, check, tensors) for check in checks]
+    if program.manifest.generate is not None and program.manifest.generate.sampler:
+        rows.append(check_sampler(program, program.manifest.generate))
+    return Verification(program.device.driver.name, tuple(rows))
+
+
+SAMPLED_ROWS = 8
+
+
+def check_sampler(program: CudaProgram, generate: Generate) -> CheckedKernel:
+    """Choose tokens from random logits, and compare with what is chosen here: all are equal."""
+    driver, random = program.device.driver, np.random.default_rng(0)
+    vocabulary = parse_expression(program.value(generate.logits).shape[-1])({})
+    logits = (3 * random.standard_normal((SAMPLED_ROWS, vocabulary))).astype(np.float32)
+    memory = DeviceMemory(driver, logits.nbytes)
+    memory.write(logits)
+    functions = program.device.functions
+    sampler = Sampler(driver, functions, generate.sampler, memory.address, SAMPLED_ROWS, vocabulary)
+    samplings = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=40), Sampling(1.0, 200, 0.9)]
+    wrong, alive = 0, [True] * SAMPLED_ROWS
+    for sampling in samplings:
+        sampler.settings[...] = sampling.settings(np.random.default_rng(1), alive)
+        sampler.taken.upload()
+        for launch in sampler.launches:
+            launch.enqueue(driver)
+        sampler.given.download()
+        driver.synchronize()
+        expected = sampling.choose_rows(logits, np.random.default_rng(1), alive, 0)
+        wrong += int((sampler.chosen != np.array(expected)).sum())
+    share = wrong / (SAMPLED_ROWS * len(samplings))
+    name, sizes = " + ".join(generate.sampler), f"batch {SAMPLED_ROWS}"
+    return CheckedKernel(name, sizes, share, 0.0, "sampling")
 
 
 def run_check(
@@ -78,7 +111,8 @@ def run_check(
     found = np.empty_like(expected)
     memory[check.result].read(found)
     shown = ", ".join(f"{name} {value}" for name, value in check.sizes.items())
-    error = relative_error(found, expected)
+    dtype = values[check.result].dtype
+    error = relative_error(as_float(found, dtype), as_float(expected, dtype))
     return CheckedKernel(" + ".join(names), shown, error, check.tolerance, steps[-1].origin)
 
 

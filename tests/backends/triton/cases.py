@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qc.backends.region import region_of
+from qc.backends.region import RESULT, region_of
 from qc.backends.triton.jit import Prepared
-from qc.backends.triton.kernel import Call
-from qc.backends.triton.linear import stages, tiles
+from qc.backends.triton.kernel import TYPES, Call
+from qc.backends.triton.linear import stages
 from qc.backends.triton.linear.rule import linear_rule
-from qc.backends.triton.linear.tiles import Tiling
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
 from qc.ir.node import Node, make
 from qc.ir.quantized import QuantizedTensor, quantize_activation
-from qc.ir.target import parse_machine
+from qc.ir.target import Target, computing, parse_machine
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.dense import dense_weight
 from qc.ir.weights.notation import parse_weights
@@ -27,6 +26,7 @@ from qc.ir.weights.weight import Weight
 
 ROWS = symbol("rows")
 GPU = parse_machine("cuda:sm_90")
+HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 Run = Callable[[Call, Sequence[Any], tuple[int, int]], Tensor]
 """(call, operands, shape of the result) -> the result, on the CPU."""
@@ -45,15 +45,30 @@ class Case:
     epilogue: str = ""
     fast: bool = True
     """With the fast rules; without them, every weight is decoded by itself."""
-    tile: dict[str, int | bool] | None = None
-    """The tile of packed codes, instead of the one that the shape would get."""
+    dtype: str = "f16"
+    kind: str = "int"
+    """Of the activations' codes: "int", or "e4m3"."""
+    architecture: str = "sm_90"
 
     def __str__(self) -> str:
-        x = "" if self.activation is None else f" int8/{self.activation or 'token'}"
+        code = "e4m3" if self.kind == "e4m3" else "int8"
+        x = "" if self.activation is None else f" {code}/{self.activation or 'token'}"
         more = f" {self.epilogue}" if self.epilogue else ""
         slow = "" if self.fast else " decoded"
-        tile = f" {self.tile}" if self.tile else ""
-        return f"{self.format} {self.outer}x{self.inner} rows {self.rows}{x}{more}{slow}{tile}"
+        brain = " bf16" if self.dtype == "bf16" else ""
+        where = "" if self.architecture == "sm_90" else f" {self.architecture}"
+        size = f"{self.outer}x{self.inner} rows {self.rows}"
+        return f"{self.format} {size}{x}{more}{slow}{brain}{where}"
+
+    @property
+    def target(self) -> Target:
+        """The machine."""
+        return computing(parse_machine(f"cuda:{self.architecture}"), self.dtype)
+
+    @property
+    def half(self) -> torch.dtype:
+        """The type of activations."""
+        return HALVES[self.dtype]
 
     @property
     def refused(self) -> bool:
@@ -76,7 +91,7 @@ class Case:
         """Build the fused node."""
         format = None
         if self.activation is not None:
-            format = ActivationFormat(8, self.activation or None)
+            format = ActivationFormat(8, self.activation or None, self.kind)
         x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, format)))
         vector = make(ops.Parameter(dense_weight("b", torch.randn(self.outer))))
         residual = make(ops.Input("r", TensorType((ROWS, self.outer))))
@@ -116,21 +131,15 @@ class Case:
                 continue
             value = torch.randn(self.rows, operand.tensor.shape[-1])
             format = operand.tensor.format
-            found.append(quantize_activation(value, format) if format else value.half())
+            found.append(quantize_activation(value, format) if format else value.to(self.half))
         return found
-
-    def call(self, node: Node) -> Call:
-        """Ask the rule for the call of a fused node."""
-        if self.tile is not None:
-            return tiled_call_of(node, Tiling(**self.tile))  # type: ignore[arg-type]
-        return call_of(node) if self.fast else decoded_call_of(node)
 
     def error(self, run: Run) -> float:
         """Run the case; return the relative Frobenius error against float64 of the same stored
         weights and activations."""
         torch.manual_seed(0)
         node = self.node()
-        call = self.call(node)
+        call = (call_of if self.fast else decoded_call_of)(node, self.target)
         values = self.values(node)
         result = run(call, values, (self.rows, self.outer))
         assert isinstance(node.op, Fused)
@@ -141,14 +150,22 @@ class Case:
 
 def interpreted(call: Call, values: Sequence[Any], shape: tuple[int, int]) -> Tensor:
     """Run a call in Triton's interpreter."""
-    result = torch.full(shape, float("nan"), dtype=torch.float16)
+    result = torch.full(shape, float("nan"), dtype=result_dtype(call))
     Prepared(call, values, {"rows": shape[0]}, result).run()
     return result
 
 
-def call_of(node: Node) -> Call:
+def result_dtype(call: Call) -> torch.dtype:
+    """Return the type of the result of a call."""
+    parameters = call.variants[-1].launches[-1].parameters
+    written = (p.type for p in parameters if getattr(p.argument, "operand", None) == RESULT)
+    name = next(written)
+    return next(dtype for dtype, known in TYPES.items() if known == name)
+
+
+def call_of(node: Node, target: Target = GPU) -> Call:
     """Ask the rule for the call of a fused node."""
-    call = linear_rule(region_of(node, GPU))
+    call = linear_rule(region_of(node, target))
     assert call is not None, f"the rule does not take {node.op}"
     return call
 
@@ -161,19 +178,10 @@ def widened(value: Any) -> Tensor:
     return dense.double()
 
 
-def tiled_call_of(node: Node, tile: Tiling) -> Call:
-    """Ask the rule for a call whose packed codes are multiplied in a tile."""
-    kept, tiles.coded_tilings = tiles.coded_tilings, lambda *_: iter((tile,))  # type: ignore
-    try:
-        return call_of(node)
-    finally:
-        tiles.coded_tilings = kept
-
-
-def decoded_call_of(node: Node) -> Call:
+def decoded_call_of(node: Node, target: Target = GPU) -> Call:
     """Ask the rule for a call without fast rules."""
     kept, stages.FAST_RULES = stages.FAST_RULES, ()
     try:
-        return call_of(node)
+        return call_of(node, target)
     finally:
         stages.FAST_RULES = kept

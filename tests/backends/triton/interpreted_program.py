@@ -32,6 +32,7 @@ from qc.runtime.manifest import (
     ValueArg,
 )
 from qc.runtime.memory import aligned_bytes
+from qc.runtime.session import as_float
 
 
 class InterpretedProgram(Program):
@@ -69,7 +70,9 @@ class InterpretedProgram(Program):
         code = self.manifest.code[step.kernel]
         for argument, kind in zip(step.args, code.parameters, strict=True):
             if isinstance(argument, ValueArg):
-                arguments.append(torch.from_numpy(arrays[argument.value].reshape(-1)))
+                held = torch.from_numpy(arrays[argument.value].reshape(-1))
+                brain = self.manifest.values[argument.value].dtype == "bf16"
+                arguments.append(held.view(torch.bfloat16) if brain else held)
             elif kind == "pointer":
                 arguments.append(torch.tensor([size(argument.symbol)], dtype=torch.int32))
             else:
@@ -132,4 +135,6 @@ def check_golden(
     for step in steps:
         assert isinstance(step, KernelStep)
         program.launch(step, arrays, check.sizes)
-    return interpreted.relative(arrays[check.result], torch.from_numpy(tensors[check.expected]))
+    dtype = values[check.result].dtype
+    expected = as_float(tensors[check.expected], dtype)
+    return interpreted.relative(as_float(arrays[check.result], dtype), torch.from_numpy(expected))

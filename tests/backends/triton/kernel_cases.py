@@ -268,6 +268,9 @@ def convolved(
     return case_of(make(op, x, weight, *more), values, SIZES)
 
 
+HALF_KINDS = ("decode", "prefill", "few", "mask", "embedding", "append", "convolution")
+"""What the names of cases begin with whose results are stored in half precision."""
+
 CASES: dict[str, Callable[[], Case]] = {
     "rms_norm": partial(rows, lambda x, g: make(ops.RMSNorm(1e-5), x, g)),
     "layer_norm": partial(rows, lambda x, g, b: make(ops.LayerNorm(1e-5), x, g, b), 2),
@@ -328,3 +331,5 @@ CASES: dict[str, Callable[[], Case]] = {
         attention, 5, 0, rotated=False, cached=False, mask=torch.float32, softcap=3.0
     ),
 }  # fmt: skip
+
+HALVES = tuple(name for name in CASES if name.startswith(HALF_KINDS))

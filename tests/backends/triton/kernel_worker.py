@@ -2,8 +2,8 @@
 
 A process of its own, because Triton decides whether it interprets when it is imported, for all of
 its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker` with
-`kernels`, `model RECIPE FOLDER [CACHE]`, `calibrated RECIPE FOLDER SIZES`, SIZES being JSON, or
-`diffusion RECIPE`.
+`sampler`, `kernels [DTYPE]`, `model RECIPE FOLDER [CACHE [DTYPE]]`, `calibrated RECIPE FOLDER
+SIZES`, SIZES being JSON, or `diffusion RECIPE`.
 """
 
 from __future__ import annotations
@@ -33,34 +33,37 @@ from qc.backends.triton.golden import golden_checks
 from qc.backends.triton.lower import GpuLowering
 from qc.backends.triton.rows import row_rules
 from qc.backends.triton.rules import GPU_RULES
+from qc.backends.triton.sampling import sampler_launches
 from qc.ir.fused import Fused
 from qc.ir.meaning import evaluate_nodes
 from qc.ir.quantized import QuantizedTensor, code_values
-from qc.ir.target import Target, parse_machine
+from qc.ir.target import Target, computing, parse_machine
 from qc.passes.calibration import Calibration
+from qc.runtime.cuda.sampling import BLOCK
 from qc.runtime.manifest import Code
 from qc.stages import QuantizedModel, caching, resolve_recipe
 from tests.backends.triton.interpreted_program import InterpretedProgram, check_golden
-from tests.backends.triton.kernel_cases import CASES, Case
+from tests.backends.triton.kernel_cases import CASES, HALVES, Case
+from tests.backends.triton.sampled import SAMPLED, Sampled
 from tests.tiny_llama import TEXT
 
 RULES = (*attention_rules, *append_rules, *convolution_rules, *row_rules, *element_rules)
 
 
-def small_target() -> Target:
+def small_target(dtype: str = "f16") -> Target:
     """A GPU of few multiprocessors, so that decoding is split into two parts and not 64."""
-    target = parse_machine("cuda:sm_80")
+    target = computing(parse_machine("cuda:sm_80"), dtype)
     assert target.gpu is not None
     return replace(target, gpu=replace(target.gpu, multiprocessors=6))
 
 
-def kernel_error(case: Case) -> float:
+def kernel_error(case: Case, dtype: str) -> float:
     """Run one case; return its error, relative to the norm."""
     op = case.node.op
     assert isinstance(op, Fused)
     known = dict(zip(op.body.inputs, case.operands, strict=True))
     expected = evaluate_nodes(op.body.outputs, {}, case.sizes, known=known)[0]
-    call = interpreted.call_of(case.node, RULES, small_target())
+    call = interpreted.call_of(case.node, RULES, small_target(dtype))
     found = interpreted.run(case.node, call, case.operands, case.sizes, case.rows)
     if isinstance(expected, QuantizedTensor):
         if call.in_place is not None:
@@ -75,18 +78,21 @@ def kernel_error(case: Case) -> float:
     return interpreted.relative(found, expected)
 
 
-def kernels() -> dict[str, float]:
-    """Run all cases."""
+def kernels(dtype: str = "f16") -> dict[str, float]:
+    """Run all cases; in bfloat16, those that are stored so."""
     errors = {}
     for name, make_case in CASES.items():
-        torch.manual_seed(0)
-        errors[name] = kernel_error(make_case())
+        if dtype == "f16" or name in HALVES:
+            torch.manual_seed(0)
+            errors[name] = kernel_error(make_case(), dtype)
     return errors
 
 
-def model(recipe: str, folder: str, cache: str | None = None) -> dict[str, float]:
+def model(
+    recipe: str, folder: str, cache: str | None = None, dtype: str = "f16"
+) -> dict[str, float]:
     """Run a model that is rounded."""
-    return model_errors(qc.trace(folder).quantize(caching(resolve_recipe(recipe), cache)))
+    return model_errors(qc.trace(folder).quantize(caching(resolve_recipe(recipe), cache)), dtype)
 
 
 def calibrated(recipe: str, folder: str, sizes: str) -> dict[str, float]:
@@ -109,9 +115,9 @@ def diffusion(recipe: str) -> dict[str, float]:
     return {**errors, "sample": interpreted.relative(found, expected)}
 
 
-def model_errors(quantized: QuantizedModel) -> dict[str, float]:
+def model_errors(quantized: QuantizedModel, dtype: str = "f16") -> dict[str, float]:
     """Run the golden checks, a prompt, and tokens one by one, against the graph."""
-    running, errors = interpreted_model(quantized)
+    running, errors = interpreted_model(quantized, dtype)
     ids = [1, 5, 200, 7, 9, 30, 4, 4, 100, 12, 13]
     expected = quantized(input_ids=torch.tensor([ids]))["logits"][0]
     artifact = running.artifact()
@@ -123,10 +129,10 @@ def model_errors(quantized: QuantizedModel) -> dict[str, float]:
 
 
 def interpreted_model(
-    quantized: QuantizedModel,
+    quantized: QuantizedModel, dtype: str = "f16"
 ) -> tuple[InterpretedProgram, dict[str, float]]:
     """Return a model in the interpreter, and the errors of its golden checks."""
-    target = small_target()
+    target = small_target(dtype)
     lowering = GpuLowering(quantized.lower(target).graph, target, GPU_RULES)
     program = lowering.run()
     code = {
@@ -152,12 +158,41 @@ def interpreted_model(
     return running, errors
 
 
+def sampler() -> dict[str, float]:
+    """Choose tokens as a GPU would; return the share of them that differ from those chosen here."""
+    random = np.random.default_rng(0)
+    return {str(case): differing(case, random) for case in SAMPLED}
+
+
+def differing(case: Sampled, random: np.random.Generator) -> float:
+    """Run both kernels for three rows of logits."""
+    logits, rows = case.logits(3, random), 3
+    vocabulary = logits.shape[1]
+    blocks = -(-vocabulary // BLOCK)
+    best, ids, chosen = (
+        interpreted.rubbish(shape, dtype)
+        for shape, dtype in (
+            ((rows, blocks), torch.float32), ((rows, blocks), torch.int32), ((rows,), torch.int32)
+        )
+    )  # fmt: skip
+    alive = [True, True, False]
+    settings = case.sampling.settings(np.random.default_rng(5), alive)
+    values, asked = torch.from_numpy(logits), torch.from_numpy(settings)
+    first, second = sampler_launches(vocabulary)
+    interpreted.launch(first, [values, best, ids, 0], {"batch": rows})
+    interpreted.launch(second, [values, best, ids, asked, chosen, 0], {"batch": rows})
+    expected = case.sampling.choose_rows(logits, np.random.default_rng(5), alive, -7)
+    found = [t if going else -7 for t, going in zip(chosen.tolist(), alive, strict=True)]
+    return float(np.mean(np.array(found) != np.array(expected)))
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
     """Run what is asked for."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     runs: dict[str, Callable[..., dict[str, float]]] = {
-        "kernels": kernels, "model": model, "calibrated": calibrated, "diffusion": diffusion
+        "kernels": kernels, "model": model, "calibrated": calibrated, "diffusion": diffusion,
+        "sampler": sampler,
     }  # fmt: skip
     return runs[arguments[0]](*arguments[1:])
 

@@ -25,6 +25,21 @@ SUMS = (
 )
 """Sums of terms, with what the planner fuses behind them."""
 
+FP8 = tuple(
+    Case(format, outer, inner, rows, 0, epilogue, kind="e4m3", dtype=dtype, architecture=machine)
+    for format, outer, inner, rows, epilogue, dtype, machine in (
+        ("e4m3·row", 128, 512, 1, "", "f16", "sm_90"),
+        ("e4m3·row", 50, 200, 17, "gated", "f16", "sm_90"),
+        ("e4m3·tensor", 64, 256, 70, "all", "f16", "sm_90"),
+        ("e4m3·g64", 48, 256, 4, "bias", "f16", "sm_90"),
+        ("e4m3·row + rank8 + sparse1%", 64, 256, 3, "residual", "f16", "sm_90"),
+        ("e4m3·row", 64, 256, 5, "", "bf16", "sm_90"),
+        ("int4·g32", 64, 256, 3, "", "f16", "sm_90"),
+        ("e4m3·row", 64, 256, 5, "all", "f16", "sm_80"),
+    )
+)  # fmt: skip
+"""Activations of e4m3: by weights of the same, by others, and where no tensor cores take them."""
+
 BUCKETS = tuple(
     Case("int4·g128", 128, 2048, rows, None, epilogue)
     for rows, epilogue in (
@@ -51,4 +66,4 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *BUCKETS]
+    return [*examples(), *SUMS, *FP8, *BUCKETS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from qc.backends.region import region_of
 from qc.backends.triton.compile import WARP, compile_launch, inspect
 from qc.backends.triton.gate import (
+    CONVERSIONS,
     INSTRUCTION,
     instructions_per_weight,
     loop_of,
@@ -17,7 +19,7 @@ from qc.backends.triton.gate import (
 )
 from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Launch
 from qc.backends.triton.linear.rule import linear_rule
-from qc.ir.target import parse_machine
+from qc.ir.target import computing, parse_machine
 from tests.backends.triton.cases import Case
 
 PLAIN = Case("int4·g128", 4096, 14336)
@@ -36,7 +38,7 @@ all the same. At 4.125 bits a weight, an H100 can issue 4.6 in the time that mem
 
 def main_launch(case: Case, rows: int, architecture: int) -> Launch:
     """Return the launch that reads the packed weights, for planned values."""
-    target = parse_machine(f"cuda:sm_{architecture}")
+    target = computing(parse_machine(f"cuda:sm_{architecture}"), case.dtype)
     call = linear_rule(region_of(case.planned(), target))
     assert call is not None
     return next(
@@ -97,6 +99,39 @@ def test_four_bits_times_bytes_take_fewer(architecture: int, rows: int, budget: 
 def test_small_floats_are_unpacked_like_codes(format: str, budget: float) -> None:
     launch = main_launch(Case(format, 4096, 14336), 1, 90)
     assert objections(compile_launch(launch, 90), weights_of_a_step(launch), budget) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [(90, "QGMMA"), *(pytest.param(n, "QMMA", marks=pytest.mark.slow) for n in (89, 120))],
+)
+def test_floats_of_8_bits_are_multiplied_as_such(architecture: int, kind: str) -> None:
+    case = Case("e4m3·row", 4096, 4096, activation=0, kind="e4m3")
+    cubin = compile_launch(main_launch(case, 16, architecture), architecture)
+    loop = loop_of(cubin)
+    assert loop.count(kind)
+    assert not loop.count("HMMA", "HGMMA", *CONVERSIONS)
+    assert not cubin.spills
+
+
+def test_without_such_units_floats_of_8_bits_are_widened() -> None:
+    case = Case("e4m3·row", 4096, 4096, activation=0, kind="e4m3")
+    for machine in ("cuda:sm_80", "cuda:sm_80+sm_90"):
+        call = linear_rule(region_of(case.planned(), parse_machine(machine)))
+        assert call is not None
+        launches = call.variant(16).launches
+        assert not any(each.multiplies_small_floats for each in launches)
+        assert launches[0].rule == "copy"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "budget"), [(80, 2.7), pytest.param(90, 3.3, marks=pytest.mark.slow)]
+)
+def test_four_bits_in_bfloat16_take_few_more(architecture: int, budget: float) -> None:
+    case = replace(PLAIN, dtype="bf16")
+    launch = main_launch(case, 16, architecture)
+    cubin = compile_launch(launch, architecture)
+    assert objections(cubin, weights_of_a_step(launch), budget) == []
 
 
 @pytest.mark.slow

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from qc.backends.triton.device import bfloat16
 from qc.backends.triton.device.fragments import conversion, half_pair, small_floats
-from qc.backends.triton.interpret import halves, install, lop3, run_ptx
+from qc.backends.triton.interpret import halves, install, lop3, narrowed, run_ptx, widened
 
 
 @pytest.mark.parametrize("table", [0xEA, 0x80, 0x3C, 0x00, 0xFF])
@@ -24,11 +28,13 @@ def test_a_half_pair_is_the_float16_twice(value: float) -> None:
     assert halves(word).tolist() == [[value, value]]
 
 
-@pytest.mark.parametrize(
-    ("bits", "unit", "zero"),
-    [(1, 1, 0), (1, 2, 1), (1, 1, 4), (2, 1, 0), (2, 1, 1), (2, 2, 0), (4, 1, 8), (4, 1, 0),
-     (4, 2, 0), (4, 4, 0), (4, 8, 0), (8, 1, 128), (8, 1, 0)],
-)  # fmt: skip
+CONVERSIONS = [
+    (1, 1, 0), (1, 2, 1), (1, 1, 4), (2, 1, 0), (2, 1, 1), (2, 2, 0), (4, 1, 8), (4, 1, 0),
+    (4, 2, 0), (4, 4, 0), (4, 8, 0), (8, 1, 128), (8, 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "unit", "zero"), CONVERSIONS)
 def test_a_conversion_gives_every_code_exactly(bits: int, unit: int, zero: int) -> None:
     words = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
     count = 16 // bits
@@ -40,15 +46,46 @@ def test_a_conversion_gives_every_code_exactly(bits: int, unit: int, zero: int) 
             assert np.array_equal(halves(register)[:, lane].astype(np.int64), expected)
 
 
+def brain_pairs(words: np.ndarray) -> np.ndarray:
+    """View registers as pairs of bfloat16, widened."""
+    return widened(words).reshape(*words.shape, 2)
+
+
+@pytest.mark.parametrize(
+    ("bits", "unit", "zero"), [*CONVERSIONS, (1, 1, 16), (2, 2, 3), (2, 1, 4), (8, 1, 100)]
+)
+def test_a_conversion_to_bfloat16_gives_every_code_exactly(bits: int, unit: int, zero: int) -> None:
+    words = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
+    found = run_ptx(bfloat16.conversion(bits, unit, zero), [words], 16 // bits)
+    for number, register in enumerate(found):
+        for lane in (0, 1):
+            codes = (words >> np.uint32(16 * lane + bits * number)) & np.uint32((1 << bits) - 1)
+            expected = unit * codes.astype(np.int64) - zero
+            assert np.array_equal(brain_pairs(register)[:, lane].astype(np.int64), expected)
+
+
+def test_bfloat16_is_rounded_as_torch_does() -> None:
+    values = torch.randn(4096) * torch.logspace(-38, 38, 4096)
+    wanted = values.bfloat16()
+    found = narrowed(values.numpy())
+    assert np.array_equal(found, wanted.view(torch.uint16).numpy())
+    assert np.array_equal(widened(found), wanted.float().numpy())
+    assert np.isnan(widened(narrowed(np.array([np.nan], np.float32)))).all()
+
+
+@pytest.mark.parametrize(
+    ("conversion", "pairs"), [(small_floats, halves), (bfloat16.small_floats, brain_pairs)]
+)
 @pytest.mark.parametrize(
     ("bits", "place", "scale", "dtype"),
     [(8, 7, 256.0, torch.float8_e4m3fn), (8, 8, 1.0, torch.float8_e5m2), (4, 9, 16384.0, None)],
 )
-def test_small_floats_become_float16_bit_for_bit(
-    bits: int, place: int, scale: float, dtype: torch.dtype | None
-) -> None:
+def test_small_floats_become_halves_bit_for_bit(
+    conversion: Callable[[int, int, int], str], pairs: Callable[[Any], Any], bits: int,
+    place: int, scale: float, dtype: torch.dtype | None,
+) -> None:  # fmt: skip
     words = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
-    found = run_ptx(small_floats(bits, bits - 1, place), [words], 16 // bits)
+    found = run_ptx(conversion(bits, bits - 1, place), [words], 16 // bits)
     e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     for number, register in enumerate(found):
         for lane in (0, 1):
@@ -57,7 +94,7 @@ def test_small_floats_become_float16_bit_for_bit(
             exact = e2m1[codes] if dtype is None else bytes.view(dtype).double().numpy()
             number_of = np.isfinite(exact)
             with np.errstate(invalid="ignore"):  # of codes that are no number
-                got = halves(register)[:, lane].astype(np.float64) * scale
+                got = pairs(register)[:, lane].astype(np.float64) * scale
             assert np.array_equal(got[number_of], exact[number_of])
 
 

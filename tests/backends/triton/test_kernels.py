@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends.triton.kernel_cases import CASES
+from tests.backends.triton.kernel_cases import CASES, HALVES
 from tests.tiny_llama import llama_folder
 
 EXACT = 2e-6
 """Float32 all the way."""
-HALVES = 1e-3
+HALVES_EXACT = 1e-3
 """Products of float16, sums of float32, results of float16."""
 MODEL = 3e-3
 """About ten kernels, one after another, each with a result in float16: 8e-4 was measured."""
@@ -39,14 +39,17 @@ def errors() -> dict[str, float]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_computes_what_its_body_means(errors: dict[str, float], name: str) -> None:
-    halves = name.startswith(
-        ("decode", "prefill", "few", "mask", "embedding", "append", "convolution")
-    )
-    assert errors[name] <= (HALVES if halves else EXACT)
+    assert errors[name] <= (HALVES_EXACT if name in HALVES else EXACT)
 
 
-def check_model(folder: Path, recipe: str, bound: float, *cache: str) -> None:
-    found = interpret("model", recipe, str(folder), *cache)
+@pytest.mark.slow
+def test_kernels_compute_what_their_bodies_mean_in_bfloat16() -> None:
+    errors = interpret("kernels", "bf16")
+    assert {name: error for name, error in errors.items() if not error <= 8 * HALVES_EXACT} == {}
+
+
+def check_model(folder: Path, recipe: str, bound: float, *cache_and_dtype: str) -> None:
+    found = interpret("model", recipe, str(folder), *cache_and_dtype)
     golden = {name: error for name, error in found.items() if name.startswith("golden")}
     assert len(golden) > 15
     assert {name: error for name, error in golden.items() if not error <= 1} == {}
@@ -74,3 +77,8 @@ def test_caches_of_codes_compute_what_the_graph_means(
     # A code on the other side of a border: 1/127 of a head's largest value, 1/16 of its own.
     bound = {"int8": 1e-2, "e4m3": 3e-2}[cache]
     check_model(llama_folder(tmp_path_factory.getbasetemp()), "w4a16", bound, cache)
+
+
+@pytest.mark.slow
+def test_a_llama_computes_in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> None:
+    check_model(llama_folder(tmp_path_factory.getbasetemp()), "w4a16", 8 * MODEL, "bf16", "bf16")

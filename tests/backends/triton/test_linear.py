@@ -4,6 +4,7 @@ where there is one, on a GPU."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,14 +13,24 @@ from torch import Tensor
 
 from qc.backends.triton.compile import compile_launch
 from qc.backends.triton.kernel import Call
-from tests.backends.triton.cases import Case, call_of
+from tests.backends.triton.cases import Case, call_of, result_dtype
 from tests.backends.triton.linear_worker import Interpreter
-from tests.backends.triton.sweep import BUCKETS, SUMS, all_cases, examples
+from tests.backends.triton.sweep import BUCKETS, FP8, SUMS, all_cases, examples
 from tests.needs import needs
 
 TOLERANCE = 2e-3
 """Relative Frobenius error: float16 rounds x, weights and results by 2^-11 at most each."""
-QUICK = (*examples()[::12], *SUMS[:4], SUMS[-1], *BUCKETS[:8:3])
+BRAIN_TOLERANCE = 1e-2
+"""bfloat16 rounds them by 2^-8."""
+QUICK = (*examples()[::12], *SUMS[:4], SUMS[-1], *FP8[::2], *BUCKETS[:8:3])
+
+BRAINS = (Case("int8·row", 48, 256, 3), Case("e4m3·row", 48, 256, 3), Case("signs2·g64", 48, 128))
+"""Codes that are unpacked to bfloat16 in another way than to float16."""
+
+
+def in_bfloat16(case: Case) -> Case:
+    """Return a case that is computed in bfloat16."""
+    return replace(case, dtype="bf16")
 
 
 @pytest.fixture(scope="module")
@@ -34,29 +45,49 @@ def test_a_sum_of_terms_is_right_in_the_interpreter(case: Case, interpreter: Int
     assert interpreter.error(case) <= TOLERANCE
 
 
+@pytest.mark.parametrize("case", [in_bfloat16(case) for case in (*QUICK[::4], *BRAINS)], ids=str)
+def test_a_sum_of_terms_is_right_in_bfloat16(case: Case, interpreter: Interpreter) -> None:
+    error = interpreter.error(case)
+    assert 1e-4 < error <= BRAIN_TOLERANCE  # as exact as float16, it would be float16
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_every_format_is_right_in_the_interpreter(case: Case, interpreter: Interpreter) -> None:
     assert interpreter.error(case) <= TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", map(in_bfloat16, all_cases()), ids=str)
+def test_every_format_is_right_in_bfloat16(case: Case, interpreter: Interpreter) -> None:
+    assert interpreter.error(case) <= BRAIN_TOLERANCE
+
+
 @needs("cuda")
-@pytest.mark.parametrize("case", all_cases(), ids=str)
+@pytest.mark.parametrize("case", [*all_cases(), *map(in_bfloat16, all_cases())], ids=str)
 def test_every_format_is_right_on_the_gpu(case: Case) -> None:
     def run(call: Call, values: Any, shape: tuple[int, int]) -> Tensor:
         from qc.backends.triton.jit import Loaded
         from qc.runtime.cuda.driver import find_driver
 
         driver = find_driver()
-        result = torch.full(shape, float("nan"), dtype=torch.float16, device="cuda")
+        result = torch.full(shape, float("nan"), dtype=result_dtype(call), device="cuda")
         cubin_of = lambda launch: compile_launch(launch, driver.capability)  # noqa: E731
+        if any(each.multiplies_small_floats for v in call.variants for each in v.launches):
+            needs_capability(driver.capability, 89)
         loaded = Loaded(call, values, {"rows": shape[0]}, result, driver, cubin_of)
         torch.cuda.synchronize()
         loaded.run()
         driver.synchronize()
         return result.cpu()
 
-    assert case.error(run) <= TOLERANCE
+    assert case.error(run) <= (BRAIN_TOLERANCE if case.dtype == "bf16" else TOLERANCE)
+
+
+def needs_capability(here: int, least: int) -> None:
+    """Skip where the GPU lacks the instructions."""
+    if here < least:
+        pytest.skip(f"the GPU here is sm_{here}; this needs sm_{least}")
 
 
 LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -64,11 +95,14 @@ LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 
 specifications per compute capability."""
 
 
+COMPILED = [*examples(), *SUMS, *map(in_bfloat16, (*examples(), *SUMS))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", LIMITS)
-@pytest.mark.parametrize("case", [*examples(), *SUMS], ids=str)
+@pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_every_format_compiles_for_every_architecture(case: Case, architecture: int) -> None:
-    call = call_of(case.node(values=False))
+    call = call_of(case.node(values=False), case.target)
     launches = {each for variant in call.variants for each in variant.launches}
     for launch in launches:
         cubin = compile_launch(launch, architecture)

@@ -75,12 +75,11 @@ def token_of(number, seq):
 @triton.jit
 def queries(
     q, number, head, exists,
-    HEADS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of queries as float16; `number` and `head` are columns or numbers."""
-    return load_queries(q, number, head, exists, tl.arange(0, CHANNELS)[None, :], HEADS, DIM).to(
-        tl.float16
-    )
+    """Rows of queries as DTYPE; `number` and `head` are columns or numbers."""
+    channel = tl.arange(0, CHANNELS)[None, :]
+    return load_queries(q, number, head, exists, channel, HEADS, DIM).to(DTYPE)
 
 
 @triton.jit
@@ -92,7 +91,8 @@ def load_queries(q, number, head, exists, channel, HEADS: tl.constexpr, DIM: tl.
 @triton.jit
 def rotated_queries(
     q, cos, sin, number, head, exists, seq, batches,
-    HEADS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, ROTARY: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
+    ROTARY: tl.constexpr,
 ):  # fmt: skip
     """Rows of queries after rotary position embedding; cos, sin [batches, seq, ROTARY]."""
     channel = tl.arange(0, CHANNELS)[None, :]
@@ -103,7 +103,7 @@ def rotated_queries(
     c = tl.load(cos + place * ROTARY + channel, mask=inside, other=1.0).to(tl.float32)
     s = tl.load(sin + place * ROTARY + channel, mask=inside, other=0.0).to(tl.float32)
     rotated = straight * c + tl.where(channel < ROTARY // 2, -turned, turned) * s
-    return rotated.to(tl.float16)
+    return rotated.to(DTYPE)
 
 
 # ---------------------------------------------------------------- scores
@@ -152,7 +152,7 @@ def attend(
         key = position + tl.arange(0, BLOCK)
         at = ((base + key) * KV + kv_head) * DIM
         filled = (key < stop)[None, :] & (channel < DIM)
-        keys = decode(tl.load(k + at[None, :] + channel, mask=filled, other=0))
+        keys = decode(tl.load(k + at[None, :] + channel, mask=filled, other=0)).to(rows.dtype)
         scores = tl.dot(rows, keys) * SCALE
         if UNIT != 0:
             scale_at = (base + key) * KV + kv_head
@@ -174,10 +174,11 @@ def attend(
         at_v = ((base + key) * KV + kv_head) * DIM_V
         filled_v = (key < stop)[:, None] & (channel_v < DIM_V)
         found = decode(tl.load(v + at_v[:, None] + channel_v, mask=filled_v, other=0))
+        found = found.to(rows.dtype)
         if UNIT != 0:
             scale_v = tl.load(v_scale + scale_at, mask=key < stop, other=0.0) * UNIT
-            found = (found.to(tl.float32) * scale_v[:, None]).to(tl.float16)
-        values = values * correction[:, None] + tl.dot(powers.to(tl.float16), found)
+            found = (found.to(tl.float32) * scale_v[:, None]).to(rows.dtype)
+        values = values * correction[:, None] + tl.dot(powers.to(rows.dtype), found)
         largest = highest
     return values, largest, sums
 

@@ -31,9 +31,10 @@ def products(
     FILTER_ROWS: tl.constexpr, FILTER_COLUMNS: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """sum over c, i, j of x[n, c, STRIDE_Y y - PAD_Y + DILATION_Y i, ...] weight[o, c, i, j], in
-    float16 with float32 sums: x [batch, CHANNELS GROUPS, HEIGHT, WIDTH], result [.., ROWS, COLUMNS]
+    DTYPE with float32 sums: x [batch, CHANNELS GROUPS, HEIGHT, WIDTH], result [.., ROWS, COLUMNS]
     for `count` places, weight [OUTPUTS GROUPS, CHANNELS, FILTER_ROWS, FILTER_COLUMNS]."""
     WINDOW: tl.constexpr = FILTER_ROWS * FILTER_COLUMNS
     DEPTH: tl.constexpr = CHANNELS * WINDOW
@@ -55,7 +56,7 @@ def products(
             weight + (first + output) * DEPTH + down,
             mask=(down < DEPTH) & (output < OUTPUTS), other=0,
         )  # fmt: skip
-        total = tl.dot(pixels.to(tl.float16), filters.to(tl.float16), total)
+        total = tl.dot(pixels.to(DTYPE), filters.to(DTYPE), total)
     return total
 
 

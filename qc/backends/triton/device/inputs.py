@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qc.backends.triton.device.codes import from_e4m3
+
 
 @triton.jit
 def numbers(tile, SIZE: tl.constexpr, COUNT):
@@ -43,6 +45,18 @@ def quantized_tile(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GR
     code = tl.load(codes + places[None, :] + channel[:, None], mask=inside, other=0)
     at = scale + rows[None, :] * GROUPS + tl.minimum(channel // GROUP, GROUPS - 1)[:, None]
     return (code.to(tl.float32) * tl.load(at)).to(DTYPE)
+
+
+@triton.jit
+def small_float_tile(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+                     WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Load channels of rows of e4m3 and widen them like `quantized_tile`."""
+    channel = start + tl.arange(0, WIDTH)
+    inside = (channel < CHANNELS)[:, None]
+    GROUPS: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
+    code = tl.load(codes + places[None, :] + channel[:, None], mask=inside, other=0)
+    at = scale + rows[None, :] * GROUPS + tl.minimum(channel // GROUP, GROUPS - 1)[:, None]
+    return (from_e4m3(code).to(tl.float32) * (tl.load(at) * 256.0)).to(DTYPE)
 
 
 @triton.jit

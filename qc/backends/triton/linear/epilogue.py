@@ -70,7 +70,7 @@ class Epilogue:
         if stored:
             name = self.emission.weight(number, "decoded", torch.float32, decoded)
         else:
-            name = self.emission.array(f"e{number}", ArrayArgument(number), torch.float16)
+            name = self.emission.array(f"e{number}", ArrayArgument(number), self.emission.dtype)
         if is_number(node):
             return self.emission.bind(f"products.number({name})")
         if is_vector(node, self.linear.outer):

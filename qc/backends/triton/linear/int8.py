@@ -146,7 +146,7 @@ def byte_fragments(codes: Tensor, bits: int) -> Tensor:
 def int8_term(place: Place, source: Source) -> Int8Coded | None:
     """Take a coded term of 4 or 8 bits, where the activations' groups are wide enough."""
     found = coded_term(place)
-    if found is None or source.kind != "quantized":
+    if found is None or source.kind != "quantized" or source.code != "int8":
         return None
     row_group = min(source.group, source.channels)
     if row_group < min(LEAST_GROUP, source.channels) or row_group % found.group:

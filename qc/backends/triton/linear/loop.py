@@ -16,11 +16,11 @@ from qc.backends.triton.kernel import Scratch
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that are multiplied: `channels` of each, in float16. The kinds:
+    """Rows that are multiplied: `channels` of each, in float16 or bfloat16. The kinds:
 
     rows       [rows, channels], or with before and after a view [.., before, channels, after]
-    quantized  int8 codes and float32 scales, one for `group` channels
-    codes      the codes alone, as int8
+    quantized  codes, int8 or e4m3, and float32 scales, one for `group` channels
+    codes      the codes alone, as bytes
     selected   the channels that an array names
     summed     the sum of `parts` float32 arrays [rows, channels]
     """
@@ -35,6 +35,8 @@ class Source:
     index: tuple[int, str, torch.dtype, int] | None = None
     """Of `selected`: the operand, the array, its dtype, the channels of `values`."""
     parts: int = 1
+    code: str = "int8"
+    """What codes are: int8, or e4m3."""
 
     @property
     def stride(self) -> int:
@@ -258,8 +260,10 @@ def step_width(channels: int, terms: Sequence[Term], least: int) -> int:
 
 def declare(emission: Emission, source: Source) -> str:
     """Take what a source reads as parameters; return the name of its values."""
-    bytes = dict.fromkeys(("quantized", "codes"), torch.int8)
-    dtype = {**bytes, "summed": torch.float32}.get(source.kind, torch.float16)
+    bytes = dict.fromkeys(
+        ("quantized", "codes"), torch.uint8 if source.code == "e4m3" else torch.int8
+    )
+    dtype = {**bytes, "summed": torch.float32}.get(source.kind, emission.dtype)
     number = sum(1 for name in emission.parameters if name.startswith("x"))
     return emission.array(f"x{number}", source.values, dtype)
 
@@ -271,9 +275,10 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
         case "quantized":
             assert source.scale is not None
             scale = emission.array(f"{x}_scale", source.scale, torch.float32)
+            kind = "small_float" if source.code == "e4m3" else "quantized"
             return (
-                f"inputs.quantized_tile({x}, {scale}, rows, places, {at}, {channels}, "
-                f"{source.group}, {unit}, tl.float16)"
+                f"inputs.{kind}_tile({x}, {scale}, rows, places, {at}, {channels}, "
+                f"{source.group}, {unit}, {emission.dtype_name})"
             )
         case "selected":
             assert source.index is not None
@@ -283,6 +288,6 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
         case "summed":
             return (
                 f"inputs.summed_tile({x}, places, {at}, ROWS * {channels}, {source.parts}, "
-                f"{channels}, {unit}, tl.float16)"
+                f"{channels}, {unit}, {emission.dtype_name})"
             )
     return f"inputs.tile({x}, places, {at}, {channels}, {source.after}, {unit}, {even})"

@@ -17,18 +17,22 @@ from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.finished import FinishedAlone, Loops
+from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.planned import Planned
 from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
+from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
+    "bfloat16",
     "decode",
     "elementwise",
     "entries",
+    "fp8",
     "fragments",
     "inputs",
     "int8",
@@ -105,9 +109,9 @@ class LinearLaunches:
     def stages(self) -> Stages:
         """Plan the terms of all weights."""
         linear, gpu = self.linear, self.linear.region.target.gpu
-        bytes = bool(planned.FAST_RULES) and gpu is not None and "int8" in gpu.products
+        known = gpu.products if gpu is not None and planned.FAST_RULES else frozenset[str]()
         rows = min(LARGEST, self.bucket or LARGEST)
-        stages = Stages(self.rows, rows, bytes)
+        stages = Stages(self.rows, rows, known, half_dtype(linear.region.target))
         source = source_of(linear)
         for number, (node, format) in enumerate(zip(linear.linears, linear.formats, strict=True)):
             operand = linear.operand(node.inputs[1])
@@ -119,6 +123,7 @@ class LinearLaunches:
     def emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
         """Begin a function: its tile's rows and outputs."""
         emission = Emission(name, f"{name}: {self.linear.outer} x {self.linear.inner}", DEVICE)
+        emission.dtype = half_dtype(self.linear.region.target)
         emission.prefix = f"{name}_"
         emission.constants |= {"BN": tiling.outputs, "BM": tiling.rows}
         emission.size("ROWS", SizeArgument(self.rows))
@@ -327,10 +332,10 @@ class LinearLaunches:
         for node, acc in zip(self.linear.linears, accs, strict=True):
             epilogue.product(node, acc)
         result = epilogue.value(self.linear.region.root)
-        y = emission.array("y", ArrayArgument(RESULT), torch.float16)
-        emission.line(f"target = inputs.places(rows, {self.linear.outer}, 1, 1)")
+        y = emission.array("y", ArrayArgument(RESULT), emission.dtype)
+        emission.line(f"places = inputs.places(rows, {self.linear.outer}, 1, 1)")
         emission.line(
-            f"products.store({y}, {result}, out, target, cell, {self.linear.outer}, 1, BN)"
+            f"products.store({y}, {result}, out, places, cell, {self.linear.outer}, 1, BN)"
         )
 
     def launched(self, planned: Planned) -> Launch:
@@ -365,7 +370,7 @@ class LinearLaunches:
         rows = min(LARGEST, 1 << (rows - 1).bit_length())
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
-        bytes = any(isinstance(term, Int8Coded) for term in terms)
+        bytes = any(isinstance(term, Int8Coded | Fp8Coded) for term in terms)
         least = max(rows, LEAST_COPIED // (narrowest * (1 if bytes else 2)))
         if not coded:
             return Tiling(32, least, 4, 2)
@@ -423,7 +428,7 @@ def source_of(linear: LinearRegion) -> Source:
         return Source(ArrayArgument(operand), linear.inner)
     group = min(format.group or linear.inner, linear.inner)
     codes, scale = ArrayArgument(operand, "codes"), ArrayArgument(operand, "scale")
-    return Source(codes, linear.inner, "quantized", scale=scale, group=group)
+    return Source(codes, linear.inner, "quantized", scale=scale, group=group, code=format.code)
 
 
 def linear_rule(region: Region) -> Call | None:

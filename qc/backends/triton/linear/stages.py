@@ -16,6 +16,7 @@ import torch
 from qc.backends.triton.kernel import Scratch
 from qc.backends.triton.linear.coded import coded_term
 from qc.backends.triton.linear.decoded import Decoded
+from qc.backends.triton.linear.fp8 import fp8_term
 from qc.backends.triton.linear.int8 import int8_term
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place, dtype_of
@@ -79,8 +80,11 @@ class Stages:
     rows: Dim
     tile: int
     """Rows of a tile."""
-    bytes: bool = True
-    """The target's tensor cores multiply int8, and fast rules are wanted."""
+    products: frozenset[str] = frozenset()
+    """What the target's tensor cores multiply, int8 and f8; nothing where no fast rules are
+    wanted."""
+    dtype: torch.dtype = torch.float16
+    """Of copies, and of what chains leave."""
     steps: list[Step] = field(default_factory=list)
     loops: dict[Source, list[tuple[str, Term]]] = field(default_factory=dict)
     added: list[tuple[str, Scratch]] = field(default_factory=list)
@@ -121,8 +125,10 @@ class Stages:
                 self.add_entries(acc, place, entries, self.plain(source))
 
     def add_product(self, acc: str, place: Place, source: Source) -> None:
-        """Multiply in the loop: bytes by bytes where both are, else in float16."""
-        term: Term | None = int8_term(place, source) if self.bytes else None
+        """Multiply in the loop: bytes by bytes where both are, else in `dtype`."""
+        term: Term | None = int8_term(place, source) if "int8" in self.products else None
+        if term is None and "f8" in self.products:
+            term = fp8_term(place, source)
         if term is not None:
             source = replace(source, kind="codes")
         elif source.kind == "quantized":
@@ -150,7 +156,7 @@ class Stages:
             if step.source == source and step.work == "across" and step.tile == tile:
                 return step.target
         shape = (as_dim(self.rows + tile), source.channels)  # room for the last tile
-        target = Scratch(f"step{len(self.steps)}", torch.float16, shape)
+        target = Scratch(f"step{len(self.steps)}", self.dtype, shape)
         self.steps.append(Step(source, "across", source.channels, target, tile=tile))
         return target
 
@@ -183,7 +189,7 @@ class Stages:
             width = AT_ONCE
             parts = -(-place.inner // width)
         channels = source.before * place.outer * source.after
-        shape, dtype = (self.rows, channels), torch.float16
+        shape, dtype = (self.rows, channels), self.dtype
         if parts > 1:
             shape, dtype = (as_dim(self.rows * parts), channels), torch.float32
         target = Scratch(f"step{len(self.steps)}", dtype, shape)
@@ -201,13 +207,13 @@ class Stages:
         return place.inner <= SHORT or (self.tile == 1 and LONG <= place.inner <= LONGEST)
 
     def plain(self, source: Source) -> Source:
-        """Return the rows as a float16 array, copied where they are something else."""
+        """Return the rows as an array of `dtype`, copied where they are something else."""
         if source.kind == "rows":
             return source
         for step in self.steps:
             if step.source == source and step.work is None:
                 return Source(step.target, source.channels)
-        target = Scratch(f"step{len(self.steps)}", torch.float16, (self.rows, source.channels))
+        target = Scratch(f"step{len(self.steps)}", self.dtype, (self.rows, source.channels))
         self.steps.append(Step(source, None, source.channels, target))
         return Source(target, source.channels)
 
