@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gpu_linear import Problem
-from qc.backends.region import region_of
 from qc.checking.gpu import gpu_work, work_of_sixteen_bits
 from qc.checking.gpu_times import BUCKETS, GpuWork, bucket_of
 from qc.ir.target import parse_machine
@@ -54,7 +53,6 @@ def works(row: dict[str, Any], known: dict[Problem, tuple[GpuWork, GpuWork]]) ->
         weight = problem.planned()
         found = gpu_work(weight.format, weight.shape, call)
         assert found is not None
-        assert region_of(node, parse_machine(TARGET)).target.gpu is not None
         known[problem] = found, work_of_sixteen_bits(weight.shape)
     return known[problem]
 
