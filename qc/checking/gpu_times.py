@@ -39,7 +39,7 @@ class GpuWork:
         assert gpu is not None
         slower = MEASURED_ON.bandwidth / gpu.bandwidth
         busier = MEASURED_ON.operations / gpu.operations
-        scale = (1.0, 1.0, slower, 1.0, busier, busier, busier)
+        scale = (1.0, 1.0, slower, 1.0, busier, busier, busier, 1.0)
         known = SIXTEEN if not self.launches else TIMES
         coefficients = known[bucket_of(rows)]
         features = self.features(rows)
@@ -48,16 +48,18 @@ class GpuWork:
 
     def features(self, rows: int) -> tuple[float, ...]:
         """Return what times are linear in: one launch, the others, megabytes, thousands of
-        channels, 1e9 products, 1e8 codes unpacked, 1e8 products with entries."""
+        channels, 1e9 products, 1e8 codes unpacked, 1e8 products with entries, 10,000 outputs where
+        channels do not suit the tiles for few rows."""
         more = self.launches[bucket_of(rows)] - 1 if self.launches else 0
         tiles = -(-rows // TILE)
         return (
             1.0, float(more), self.bytes / 1e6, self.inner / 1e3, self.elements * rows / 1e9,
             self.elements * self.planes * tiles / 1e8, self.entries * rows / 1e8,
+            self.elements / self.inner / 1e4 if self.inner % LANES else 0.0,
         )  # fmt: skip
 
 
-TILE = 64
+TILE, LANES = 64, 1024
 BUCKETS = (4, 16, 64)
 """Rows up to which there are coefficients of their own."""
 
@@ -69,5 +71,17 @@ def bucket_of(rows: int) -> int:
 
 Coefficients = Sequence[tuple[float, ...]]
 
-SIXTEEN: Coefficients = ()
-TIMES: Coefficients = ()
+SIXTEEN: Coefficients = (
+    (2.99, 0.0, 0.218, 0.667, 1.16, 0.00109, 0.0, 0.446),
+    (3.05, 0.0, 0.228, 0.614, 0.00182, 0.00114, 0.0, 0.486),
+    (2.93, 0.0, 0.236, 0.744, 0.00756, 0.00118, 0.0, 0.652),
+    (2.9, 0.0, 0.0761, 0.888, 2.09, 0.326, 0.0, 1.44),
+)  # fmt: skip
+"""Of torch's products with float16, by buckets of rows: microseconds."""
+TIMES: Coefficients = (
+    (3.85, 2.02, 0.216, 0.0, 9.96, 13.0, 648.0, 1.69),
+    (3.65, 1.27, 0.121, 0.267, 5.49, 8.85, 166.0, 0.0818),
+    (4.5, 1.97, 0.0, 0.657, 4.33, 5.73, 81.4, 0.587),
+    (1.84, 1.08, 0.0, 2.36, 2.39, 7.64, 0.0, 4.25),
+)  # fmt: skip
+"""Of products with stored weights."""
