@@ -189,10 +189,18 @@ def bound(change: Callable[..., Any], method: Callable[..., Any]) -> Callable[..
     return lambda self, *rest: partial(change, method)(self, *rest)
 
 
+def compared(method: Callable[..., Any], self: Any, *operands: Any) -> Any:
+    """Compare; the result is of booleans, where the interpreter names the operands' type: a mask
+    that is one number would be spread over a block as that type."""
+    return interpreter.TensorHandle(method(self, *operands).data, tl.int1)
+
+
 def teach_bfloat16(builder: Any) -> None:
     """Replace the methods of the builder that take bfloat16 for integers."""
-    compared = [name for name in dir(builder) if name.startswith("create_fcmp")]
-    for name in (*(f"create_{each}" for each in ARITHMETIC), *compared):
+    comparisons = [name for name in dir(builder) if name.startswith(("create_fcmp", "create_icmp"))]
+    for name in comparisons:
+        setattr(builder, name, bound(compared, getattr(builder, name)))
+    for name in (*(f"create_{each}" for each in ARITHMETIC), *comparisons):
         if hasattr(builder, name):
             setattr(builder, name, in_float32(getattr(builder, name)))
     builder.create_dot = bound(multiply, builder.create_dot)
