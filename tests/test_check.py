@@ -282,7 +282,8 @@ def test_a_gpu_has_its_own_kernels_and_predictions(canonical: CanonicalModel) ->
     report = canonical.check("cuda:sm_80+sm_90", "w4a16")
     assert report.accepted
     assert all("reference" not in name for row in report.rows for name in row.kernel)
-    assert all(row.speedups[128] <= row.speedups[1] for row in report.rows)
+    for row in report.rows:  # never more than the bytes that are saved
+        assert all(0 < each <= 16 / row.bits_a_weight for each in row.speedups.values())
     one = canonical.check("cuda:sm_90", "w4a16").cost
     assert one is not None
     assert report.cost is not None

@@ -84,10 +84,11 @@ def require_kernels(graph: Graph, target: Target) -> None:
 def require_int_activations(graph: Graph, target: Target) -> None:
     """Refuse activations of small floats on a CPU: none multiplies them."""
     for node in graph.nodes:
-        format, op = node.tensor.format, node.op
-        if format is None or format.kind == "int" or not isinstance(op, Fused):
+        op = node.op
+        if not isinstance(op, Fused) or not isinstance(op.body.outputs[0].op, ops.Quantize):
             continue
-        if isinstance(op.body.outputs[0].op, ops.Quantize):
+        format = node.tensor.format
+        if format is not None and format.kind != "int":
             raise UnsupportedError(
                 f"no kernel of {target} reads activations of {format.code}: recipe w8 has int8 "
                 "ones, w8a16 leaves them as they are; GPUs from sm_89 on multiply e4m3",
