@@ -24,7 +24,7 @@ from torch.nn import functional
 
 import qc
 from qc.backends.artifact import ArtifactFacts
-from qc.backends.triton.artifact import manifest_of, write_code
+from qc.backends.triton.artifact import code_of, manifest_of
 from qc.backends.triton.compile import compile_launch
 from qc.backends.triton.golden import Golden
 from qc.backends.triton.kernel import Cubin, Launch
@@ -35,7 +35,7 @@ from qc.passes.pipeline import Context
 from qc.passes.plan.fuse import Fuse
 from qc.passes.preview import preview
 from qc.runtime.artifact import Artifact
-from qc.runtime.cuda.executor import CudaProgram
+from qc.runtime.cuda.executor import TURNS, CudaProgram
 from qc.runtime.dtypes import DTYPES
 from qc.runtime.manifest import Manifest, Value
 from qc.runtime.package import ArtifactWriter
@@ -97,7 +97,9 @@ def random_artifact(
     compiled = compile_side_by_side(lowered.kernels, architecture, workers)
     folder = Path(tempfile.mkdtemp(prefix="qc-decode-"))
     with ArtifactWriter(folder / "model.qc") as writer:
-        code = write_code(writer, lowered.kernels, compiled)
+        code, files = code_of(lowered.kernels, compiled)
+        for name, content in files.items():
+            writer.add(name, content)
         facts = ArtifactFacts(f"cuda:sm_{architecture}-{recipe}", context_length=CONTEXT)
         writer.finish(manifest_of(lowered, facts, False, code, Golden([], {})))
     manifest = Manifest.parse((folder / "model.qc" / "manifest.json").read_bytes())
@@ -139,6 +141,8 @@ def random_weights(manifest: Manifest) -> dict[str, np.ndarray[Any, Any]]:
 def drawn(value: Value, bits: Any, small: Any) -> np.ndarray[Any, Any]:
     """Repeat random values up to the size of an array."""
     shape, dtype = tuple(int(d) for d in value.shape), DTYPES[value.dtype].numpy
+    if TURNS in value.name:
+        return np.zeros(shape, dtype)
     if value.dtype.startswith("f"):
         return np.resize(small.astype(dtype), shape)
     if value.dtype == "bf16":

@@ -282,7 +282,6 @@ def test_a_gpu_has_its_own_kernels_and_predictions(canonical: CanonicalModel) ->
     report = canonical.check("cuda:sm_80+sm_90", "w4a16")
     assert report.accepted
     assert all("reference" not in name for row in report.rows for name in row.kernel)
-    assert all(row.speedups[1] > 2 for row in report.rows)  # bytes decide for one row
     assert all(row.speedups[128] <= row.speedups[1] for row in report.rows)
     one = canonical.check("cuda:sm_90", "w4a16").cost
     assert one is not None

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 from qc.backends.linear_region import match_linear
 from qc.backends.lowering import region_key, single_nodes
 from qc.backends.region import region_of
 from qc.backends.triton.kernel import Call
-from qc.checking.linears import SIXTEEN_BITS, PlannedLinear, parameter_of
-from qc.checking.roofline import Work
+from qc.backends.triton.linear.coded import coded_term, planes_of
+from qc.backends.triton.linear.place import Place
+from qc.checking.gpu_times import BUCKETS, KINDS, GpuWork
+from qc.checking.linears import PlannedLinear, parameter_of
 from qc.errors import UnsupportedError
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.graph import Graph
 from qc.ir.node import Node
 from qc.ir.target import Target
+from qc.ir.weights.structure import Entries
 from qc.ir.weights.weight import WeightFormat
 
 
@@ -66,9 +70,8 @@ class GpuChooser:
         operands = dict(zip(node.op.body.inputs, node.inputs, strict=True))
         for each, format in zip(linear.linears, linear.formats, strict=True):
             weight = parameter_of(operands[each.inputs[1]])
-            work, baseline = (
-                gpu_work(f, weight.shape, weight.elements) for f in (format, SIXTEEN_BITS)
-            )
+            work = gpu_work(format, weight.shape, self.call(node))
+            baseline = work_of_sixteen_bits(weight.shape)
             yield PlannedLinear(weight, linear.activation, rules, work, baseline)
 
 
@@ -78,10 +81,35 @@ def rules_of(call: Call | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(launch.rule for launch in launches)) or ("parts",)
 
 
-def gpu_work(format: WeightFormat, shape: tuple[int, ...], elements: int) -> Work:
-    """Return what a product costs: the stored bytes, and a multiply-add a weight and row."""
-    operations = 2.0 * elements
-    return Work(format.bits(shape) // 8, operations, operations, 1)
+def gpu_work(format: WeightFormat, shape: tuple[int, ...], call: Call | None) -> GpuWork | None:
+    """Return what a product has to do; None where no kernel like its own was measured."""
+    if call is None or not set(KINDS) & set(kinds_of(call)):
+        return None
+    outer, inner = shape
+    structures = [term.structure((outer, inner)) for term in format.terms]
+    listed = [t for t, s in zip(format.terms, structures, strict=True) if isinstance(s, Entries)]
+    entries = sum(prod(term.arrays((outer, inner))["columns"].shape) for term in listed)
+    planes = sum(
+        len(planes_of(part.stream.bits))
+        for place, term in enumerate(format.terms)
+        if structures[place] is None
+        and (coded := coded_term(Place(0, str(place), term, (outer, inner)))) is not None
+        for part in coded.parts
+        if part.stream is not None
+    )
+    launches = tuple(len(call.variant(rows).launches) for rows in (*BUCKETS, 1 << 30))
+    return GpuWork(format.bits(shape) // 8, outer * inner, inner, entries, max(1, planes), launches)
+
+
+def kinds_of(call: Call) -> list[str]:
+    """Return the names of the rules behind a call's launches, one by one."""
+    return [kind for launch in call.variants[0].launches for kind in launch.rule.split("_")]
+
+
+def work_of_sixteen_bits(shape: tuple[int, ...]) -> GpuWork:
+    """Return what the product with a float16 matrix has to do."""
+    outer, inner = shape
+    return GpuWork(2 * outer * inner, outer * inner, inner)
 
 
 def require_gpu_kernels(graph: Graph, target: Target) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qc.checking.roofline import Work, work_of
+from qc.checking.roofline import Cost, Work, work_of
 from qc.errors import UnsupportedError
 from qc.ir import ops
 from qc.ir.fused import Fused
@@ -36,8 +36,8 @@ class PlannedLinear:
     weight: Weight
     activation: ActivationFormat | None
     rules: tuple[str, ...]
-    work: Work | None = None
-    baseline: Work | None = None
+    work: Cost | None = None
+    baseline: Cost | None = None
 
 
 def linears_of(graph: Graph, target: Target) -> list[PlannedLinear]:

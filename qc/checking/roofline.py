@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from qc.ir.target import Target
 
@@ -37,11 +38,7 @@ class Work:
     tile: int
 
     def seconds(self, rows: int, target: Target, cores: int) -> float:
-        """Return the longer of reading and computing, on all cores; on a GPU, where `single` are
-        operations, on the whole of it."""
-        if target.gpu is not None:
-            reading = self.bytes / target.gpu.bandwidth
-            return max(reading, rows * self.single / target.gpu.operations)
+        """Return the longer of reading and computing, on all cores."""
         instructions = rows * self.single
         if rows >= self.tile:
             instructions = self.single + rows * self.more
@@ -69,12 +66,18 @@ def work_of(
     return Work(size, vectors * sum(terms), vectors * more, tile)
 
 
-def speedup(work: Work, baseline: Work, rows: int, target: Target) -> float:
+class Cost(Protocol):
+    """What says how long a product takes."""
+
+    def seconds(self, rows: int, target: Target, cores: int) -> float: ...
+
+
+def speedup(work: Cost, baseline: Cost, rows: int, target: Target) -> float:
     """Return how many times faster than the baseline."""
     return baseline.seconds(rows, target, 1) / (work.seconds(rows, target, 1) or 1.0)
 
 
-def flat_from(work: Work, baseline: Work, target: Target) -> int | None:
+def flat_from(work: Cost, baseline: Cost, target: Target) -> int | None:
     """Return the rows from which on nothing is gained; None where something always is."""
     found = None
     for rows in reversed(TRIED):

@@ -37,6 +37,7 @@ def noised(
 
 
 @functools.cache
+@torch.enable_grad()
 def taught(steps: int = 60) -> Any:
     """Return a transformer of two blocks after some steps of Adam."""
     from diffusers import DiTTransformer2DModel

@@ -13,7 +13,7 @@ from qc.cli import main
 from qc.errors import FormatError
 from qc.passes.calibration import Calibration
 from qc.stages import CapturedModel, QuantizedModel
-from tests.backends.triton.test_artifact import check_compiled, lowering_of
+from tests.backends.triton.test_artifact import check_machine_code, lowering_of
 from tests.backends.triton.test_kernels import MODEL, interpret
 from tests.comparison import assert_close
 from tests.families import model_of
@@ -79,13 +79,10 @@ def test_the_gpu_form_computes_what_the_quantized_graph_means(
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SIZES)
 def test_the_gpu_form_is_machine_code(captured: CapturedModel, recipe: str, tmp_path: Path) -> None:
-    """No registers spilled, shared memory that the GPU has, parameters as they are passed."""
+    """Shared memory that the GPU has, parameters as they are passed, no spills in decoding."""
     data = Calibration(TEXT, num_calibration_samples=4, max_seq_length=32)
     quantized = captured.quantize(recipe, calibration=data, **SIZES[recipe])
-    lowering = lowering_of(quantized.graph, "cuda:sm_90")
-    for name, launch in lowering.program.kernels.items():
-        if not name.startswith("attention"):  # no recipe's, and heads of 14 channels spill there
-            check_compiled(launch, "sm_90", tmp_path)
+    check_machine_code(lowering_of(quantized.graph, "cuda:sm_90"), "sm_90", tmp_path)
 
 
 def test_data_changes_what_w4_does(captured: CapturedModel) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile, gettempdir
@@ -99,6 +99,36 @@ class Emission:
         """Take a size as a parameter."""
         return self.parameter(name, argument, "i32")
 
+    def written(self, write: Callable[[], None]) -> list[str]:
+        """Return the statements that `write` writes, instead of having them here."""
+        kept, self.lines = self.lines, []
+        write()
+        found, self.lines = self.lines, kept
+        return [line[4 * self.depth :] for line in found]
+
+    def call(self, other: Emission, name: str, where: str) -> None:
+        """Write a call of another function, which becomes one of this module. `where` are the
+        values of WHERE."""
+        self.functions += [each for each in other.functions if each not in self.functions]
+        text = other.text(name, WHERE)
+        if text not in self.functions:
+            self.functions.append(text)
+        passed = [
+            self.parameter(self.free(each), each.argument, each.type)
+            for each in other.parameters.values()
+        ]
+        constants = [f"{key}={value!r}" for key, value in other.constants.items()]
+        values = [*passed, LATE, where, *constants, f"{OVERLAP}={OVERLAP}"]
+        self.line(f"{name}({', '.join(values)})")
+        self.repack |= other.repack
+
+    def free(self, parameter: Parameter) -> str:
+        """Return a name for a parameter of another function: its own, or one that is not taken."""
+        name = parameter.name
+        while name in self.parameters and self.parameters[name].argument != parameter.argument:
+            name += "_"
+        return name
+
     def parameter(self, name: str, argument: Argument, type: str) -> str:
         for each in self.parameters.values():
             if each.argument == argument:
@@ -182,17 +212,8 @@ def combined(name: str, title: str, roles: Sequence[Role]) -> Emission:
     whole.line("number = launches.number(1)")
     for at, role in enumerate(roles):
         each = role.emission
-        whole.functions += each.functions
-        whole.functions.append(each.text(f"{each.name}_role", WHERE))
-        passed = []
         for parameter in each.parameters.values():
-            free = parameter.name
-            while (
-                free in whole.parameters and whole.parameters[free].argument != parameter.argument
-            ):
-                free += "_"
-            known = whole.parameter(free, parameter.argument, parameter.type)
-            passed.append(known)
+            known = whole.parameter(whole.free(parameter), parameter.argument, parameter.type)
             if each.early is None or parameter.name in each.early:
                 early.add(known)
         first += role.cells * role.parts
@@ -203,11 +224,8 @@ def combined(name: str, title: str, roles: Sequence[Role]) -> Emission:
         whole.depth += 1
         start = first - role.cells * role.parts
         whole.line(f"cell, part = launches.within(number, {start}, {role.cells})")
-        constants = [f"{key}={value!r}" for key, value in each.constants.items()]
-        values = [*passed, LATE, "0", "cell", "part", *constants, f"{OVERLAP}={OVERLAP}"]
-        whole.line(f"{each.name}_role({', '.join(values)})")
+        whole.call(each, f"{each.name}_role", "0, cell, part")
         whole.depth -= 1
-        whole.repack |= each.repack
     whole.early = frozenset(early)
     return whole
 

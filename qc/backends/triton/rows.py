@@ -113,7 +113,9 @@ class Row:
         scales = self.glue.pointer(ArrayArgument(RESULT, "scale", (rows, groups)), torch.float32)
         block = power_of_two(self.size)
         group = min(format.group or block, block)
-        encode = self.glue.named(f"codes.to_{format.code}")
+        # Codes of fewer bits than 8 are bytes, too; their limit is given.
+        code = "e4m3" if format.kind == "e4m3" else "int8"
+        encode = self.glue.named(f"codes.to_{code}")
         self.glue.do(
             "single_row.quantize", codes, scales, value, self.number, self.channel, self.size,
             block, group, format.limit, encode,

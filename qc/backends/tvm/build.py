@@ -30,6 +30,7 @@ pass took a fifth of the compile time."""
 CSE = "tirx.CommonSubexprElim"
 """Breaks kernels that choose between values, each with subexpressions of its own: TVM 0.27 reads a
 common one in front of where it binds it. LLVM finds what is common there, too."""
+WITHOUT_CHECKS = "tirx.disable_assert"
 PARTS = 4
 """Modules that the kernels of a program are compiled in."""
 NATIVE = Path(qc.runtime.__file__).parent / "native"
@@ -44,14 +45,22 @@ def llvm_target(target: Target) -> Any:
 
 
 def compile_kernels(
-    kernels: Mapping[str, Kernel], target: Target, disabled: Sequence[str] = UNNEEDED_PASSES
+    kernels: Mapping[str, Kernel],
+    target: Target,
+    disabled: Sequence[str] = UNNEEDED_PASSES,
+    checked: bool = True,
 ) -> Any:
-    """Compile all kernels to one TVM module, with their names as symbols."""
+    """Compile all kernels to one TVM module, with their names as symbols.
+
+    `checked`: kernels compare their arguments with what they were compiled for, in 5 KB of code
+    each.
+    """
     functions = {
         name: kernel.function.with_attr("global_symbol", name) for name, kernel in kernels.items()
     }
     module = tvm.IRModule(functions).with_attr("system_lib_prefix", "qc_")
-    with tvm.transform.PassContext(disabled_pass=list(disabled)):
+    options = {} if checked else {WITHOUT_CHECKS: True}
+    with tvm.transform.PassContext(disabled_pass=list(disabled), config=options):
         return tvm.compile(module, target=llvm_target(target)).mod
 
 
@@ -60,14 +69,16 @@ def chooses(source: str) -> bool:
     return "T.if_then_else(" in source and "T.Let(" in source
 
 
-def compile_objects(kernels: Mapping[str, Kernel], target: Target, folder: Path) -> list[Path]:
+def compile_objects(
+    kernels: Mapping[str, Kernel], target: Target, folder: Path, checked: bool = True
+) -> list[Path]:
     """Compile kernels to object files, on all CPUs: LLVM works at a module in one thread."""
 
     def compile_part(number: int, names: list[str]) -> Path:
         path = folder / f"kernels{number}.o"
         part = {name: kernels[name] for name in names}
         disabled = [*UNNEEDED_PASSES, *([CSE] if names is apart else [])]
-        compile_kernels(part, target, disabled).write_to_file(str(path), "o")
+        compile_kernels(part, target, disabled, checked).write_to_file(str(path), "o")
         return path
 
     sources = {name: kernel.function.script() for name, kernel in kernels.items()}

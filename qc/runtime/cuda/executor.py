@@ -43,11 +43,13 @@ from qc.runtime.manifest import (
 )
 from qc.runtime.safetensors_file import SafetensorsFile
 
-__all__ = ["CudaExecutor", "CudaProgram", "open_cuda_program"]
+__all__ = ["TURNS", "CudaExecutor", "CudaProgram", "open_cuda_program"]
 
 _WARP = 32
 SLOT = 16
 """Bytes from one size in memory to the next: kernels count on addresses that are multiples."""
+TURNS = ".turns"
+"""What zeros beside a weight are called in which programs count: a launch writes them."""
 _FIRST_TO_OVERLAP = 90
 _RUNS_BEFORE_GRAPH = 1
 """A call that came once may not come again; recording one costs about as much as running it."""
@@ -420,9 +422,11 @@ class LaunchWriter:
         def spans(indices: Sequence[int], late: bool) -> tuple[Span, ...]:
             return tuple(self.span(i) for i in indices if (i in step.late) == late)
 
+        values = self.program.manifest.values
+        counted = [i for i in step.reads if values[i].kind == "weight" and TURNS in values[i].name]
         return Access(
-            spans(step.reads, False), spans(step.writes, False),
-            spans(step.reads, True), spans(step.writes, True),
+            spans(step.reads, False), spans((*step.writes, *counted), False),
+            spans(step.reads, True), spans((*step.writes, *counted), True),
         )  # fmt: skip
 
     def span(self, index: int) -> tuple[int, int]:

@@ -65,12 +65,12 @@ def rows(make_root: Callable[..., Node], vectors: int = 1, channels: int = 56) -
     return case_of(make_root(x, *others), values, SIZES)
 
 
-def quantized_norm(group: int | None, channels: int, kind: str = "int") -> Case:
+def quantized_norm(group: int | None, channels: int, kind: str = "int", bits: int = 8) -> Case:
     """A norm that ends in codes."""
 
     def root(x: Node, gain: Node) -> Node:
         norm = make(ops.RMSNorm(1e-5), x, gain)
-        return make(ops.Quantize(ActivationFormat(8, group, kind)), norm)
+        return make(ops.Quantize(ActivationFormat(bits, group, kind)), norm)
 
     return rows(root, channels=channels)
 
@@ -305,6 +305,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "decode e4m3": partial(attention, 2, 70, causal=True, code="e4m3"),
     "prefill int8": partial(attention, 70, 9, causal=True, code="int8"),
     "prefill e4m3": partial(attention, 70, 9, causal=True, code="e4m3"),
+    "quantize to 4 bits": partial(quantized_norm, 16, 56, bits=4),
     "quantize to e4m3": partial(quantized_norm, None, 56, "e4m3"),
     "rope": rope,
     "convolution, patches": partial(

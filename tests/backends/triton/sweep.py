@@ -21,6 +21,8 @@ SUMS = (
     Case("int4·g128 + rank8 + sparse1%", 64, 512, 1, 0, "all"),
     Case("int4·g64·zero", 50, 1024, 9, 256, "gated"),
     Case("int8·g32 + int4·row·min", 48, 256, 20, 0, "bias"),
+    Case("int4·g128 + sparse1%", 72, 1024, 3, None, "gated"),
+    Case("int4·g128", 40, 4096, 12, None, "gated"),  # by parts, which the last program adds up
     Case("int4·g32·zero + rank8·factors(int8·row)", 50, 160, 3, None, "all", fast=False),
 )
 """Sums of terms, with what the planner fuses behind them."""

@@ -13,16 +13,22 @@ def longest(start, stop):
 
 
 @triton.jit
-def outliers(acc, x, places, start, stop, columns, values, APART: tl.constexpr,
-             TOGETHER: tl.constexpr):  # fmt: skip
-    """Add value x[column] of single entries, TOGETHER of a row at once. Channels of x are APART.
-    Entries are loaded a turn ahead."""
-    OUT: tl.constexpr = acc.shape[0]
-    ROWS: tl.constexpr = places.shape[0]
+def first(start, stop, columns, values, TOGETHER: tl.constexpr):
+    """Load the first TOGETHER columns and values of each row."""
     entry = start[:, None] + tl.arange(0, TOGETHER)[None, :]
     inside = entry < stop[:, None]
     column = tl.load(columns + entry, mask=inside, other=0)
-    value = tl.load(values + entry, mask=inside, other=0.0)
+    return column, tl.load(values + entry, mask=inside, other=0.0)
+
+
+@triton.jit
+def outliers(acc, x, places, start, stop, columns, values, column, value, APART: tl.constexpr,
+             TOGETHER: tl.constexpr):  # fmt: skip
+    """Add value x[column] of single entries, TOGETHER of a row at once; the `first` ones are there.
+    Channels of x are APART. Entries are loaded a turn ahead."""
+    OUT: tl.constexpr = acc.shape[0]
+    ROWS: tl.constexpr = places.shape[0]
+    entry = start[:, None] + tl.arange(0, TOGETHER)[None, :]
     total = tl.zeros([OUT, TOGETHER, ROWS], tl.float32)
     for _ in range(0, longest(start, stop), TOGETHER):
         entry += TOGETHER

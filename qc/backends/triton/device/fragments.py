@@ -138,11 +138,11 @@ def load(plane, first, start, BLOCKS: tl.constexpr, BITS: tl.constexpr, STEPS: t
 
 
 @triton.jit
-def load_before(plane, first, start, stop, BLOCKS: tl.constexpr, BITS: tl.constexpr,
-                STEPS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """Load words like `load`, unless `start` is not before channel `stop`."""
+def load_where(plane, first, start, more, BLOCKS: tl.constexpr, BITS: tl.constexpr,
+               STEPS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """Load words like `load`, if there are `more`."""
     at = plane + places(first, start, BLOCKS, BITS, STEPS, OUT, LANES)
-    words = tl.load(at, mask=start < stop)
+    words = tl.load(at, mask=more)
     return tl.reshape(words, [OUT * LANES // 16, 8, 4, 2, 2, 2])
 
 

@@ -36,8 +36,13 @@ def columns(start, WIDTH: tl.constexpr, COUNT: tl.constexpr, EVEN: tl.constexpr)
 
 @triton.jit
 def decoded(acc, weights, x):
-    """acc + weights x, with float32 weights rounded to the type of x."""
-    return tl.dot(weights.to(x.dtype), x, acc)
+    """acc + weights x, with float32 weights rounded to the type of x. A single row is multiplied
+    where the weights are: tensor cores would have them go through shared memory."""
+    rounded = weights.to(x.dtype)
+    if x.shape[1] == 1:
+        row = tl.reshape(x, [1, x.shape[0]]).to(tl.float32)
+        return acc + tl.sum(rounded.to(tl.float32) * row, 1)[:, None]
+    return tl.dot(rounded, x, acc)
 
 
 @triton.jit

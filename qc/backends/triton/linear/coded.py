@@ -203,7 +203,7 @@ class Coded(Term):
             else:
                 here = loop.stored_at(loop.at(start), 256 // bits)
                 at = f"{here}, {sizes}, BN, {loop.lanes}"
-                loop.known[key] = emission.bind(f"fragments.load({name}, {loop.block}, {at})")
+                loop.known[key] = emission.bind(f"fragments.load({name}, block, {at})")
         return loop.known[key]
 
 

@@ -72,7 +72,7 @@ class Fp8Coded(Coded):
         if key not in loop.known:
             here = loop.stored_at(loop.at(start), COLUMNS)
             size = f"{blocks}, 8, {steps}, BN"
-            loop.known[key] = emission.bind(f"int8.load({name}, {loop.block}, {here}, {size})")
+            loop.known[key] = emission.bind(f"int8.load({name}, block, {here}, {size})")
         return loop.known[key]
 
 

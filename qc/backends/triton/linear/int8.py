@@ -88,7 +88,7 @@ class Int8Coded(Coded):
         if key not in loop.known:
             here = loop.stored_at(loop.at(at), columns)
             size = f"{blocks}, {stream.bits}, {steps}, BN"
-            loaded = emission.bind(f"int8.load({name}, {loop.block}, {here}, {size})")
+            loaded = emission.bind(f"int8.load({name}, block, {here}, {size})")
             four = stream.bits == 4
             loop.known[key] = emission.bind(f"int8.unpack({loaded})") if four else loaded
         codes = loop.known[key]

@@ -67,8 +67,8 @@ class Term(ABC):
 
 @dataclass
 class Loop:
-    """One loop while it is written. `out` holds the outputs of the tile, `block` the number of its
-    first block of 16."""
+    """One loop while it is written. In what it writes, `out` holds the outputs of the tile, `block`
+    the number of its first block of 16."""
 
     source: Source
     width: int
@@ -77,7 +77,6 @@ class Loop:
     """Stretches of channels that a tile holds: see device/lanes.py."""
     registers: bool = False
     """Codes, too, wait in registers, the first ones from before the launches in front end."""
-    block: str = "block"
     tiles: list[str] = field(default_factory=list)
     known: dict[str, str] = field(default_factory=dict)
     first: str = "0"
@@ -155,11 +154,11 @@ class Loop:
             self.stored_at(f"({step}) * {self.width} + {start}", columns)
             for step in (self.first, "step + 1")
         )
-        stop = f"({self.last}) * {self.width}"
+        more = f"step + 1 < {self.last}"
         return self.carried(
             emission,
-            f"fragments.load({name}, {self.block}, {at}, {sizes})",
-            f"fragments.load_before({name}, {self.block}, {after}, {stop}, {sizes})",
+            f"fragments.load({name}, block, {at}, {sizes})",
+            f"fragments.load_where({name}, block, {after}, {more}, {sizes})",
         )
 
     def carried(self, emission: Emission, first: str, after: str) -> str:
@@ -190,26 +189,27 @@ class Loop:
 def emit_loop(
     emission: Emission, source: Source, terms: Sequence[tuple[str, Term]], parts: int, least: int,
     begin: Sequence[str] = (), lanes: int = 1, registers: bool = False, outer: int = 0,
-    unit: int | None = None,
+    unit: int | None = None, early: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write the loop over all channels, or over this program's part of them; `least` channels a
-    step where there are so many, `unit` at once, or what suits all terms. `begin` are statements
-    that stand in front of it, and behind what needs nothing of other launches."""
+    step where there are so many, `unit` at once, or what suits all terms. `early` and `begin` are
+    statements that stand in front of it: where nothing is needed of other launches, and behind."""
     width = step_width(source.channels // lanes, [term for _, term in terms], least)
     unit = unit or min(term.unit for _, term in terms)
     loop = Loop(source, width, unit, lanes, registers)
+    each = -(-loop.steps // parts)
     if parts > 1:
-        each = -(-loop.steps // parts)
         loop.first = f"part * {each}"
         loop.last = f"tl.minimum(part * {each} + {each}, {loop.steps})"
     else:
         loop.first, loop.last = "0", str(loop.steps)
-    if loop.steps == 1 and parts == 1:
-        emission.line("k = 0")
+    alone = each == 1 and (loop.steps == 1 or not registers)
+    if alone:
+        emission.line(f"k = part * {width}" if parts > 1 else "k = 0")
         for _, term in terms:
             term.load(emission, loop)
     x = declare(emission, source)
-    looped, before = loop.steps > 1, emission.lines
+    looped, before = loop.steps > 1 and not (alone and parts > 1), emission.lines
     emission.lines, emission.depth = [], emission.depth + looped
     for start in range(0, width, loop.unit):
         tile = tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)
@@ -221,7 +221,7 @@ def emit_loop(
     body, emission.lines, emission.depth = emission.lines, before, emission.depth - looped
     if lanes > 1:
         emission.line(f"lane_out = lanes.outputs(cell, BN, {outer}, {lanes})")
-    for line in loop.ahead:
+    for line in (*loop.ahead, *early):
         emission.line(line)
     emission.begin()
     if isinstance(source.values, Scratch):
@@ -233,7 +233,7 @@ def emit_loop(
         emission.line(f"for step in tl.range({loop.first}, {loop.last}):")
         emission.depth += 1
     else:
-        emission.line("step = 0")
+        emission.line("step = part" if parts > 1 else "step = 0")
     if looped or parts > 1:
         emission.line(f"k = step * {width}")
     for line in loop.loads:

@@ -9,18 +9,20 @@ import torch
 
 from qc.backends.linear_region import LinearRegion, match_linear
 from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgument
-from qc.backends.triton.emit import WHERE, Emission, Role, combined
+from qc.backends.triton.emit import WHERE, Emission, combined
 from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear import tiles
 from qc.backends.triton.linear.coded import Coded
-from qc.backends.triton.linear.entries import emit_entries, outputs_of
+from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
+from qc.backends.triton.linear.finished import FinishedAlone, Loops
 from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
-from qc.backends.triton.linear.stages import TILE_OF_CHAIN, EntriesOf, Stages, Step
+from qc.backends.triton.linear.planned import Planned
+from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
 from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
@@ -36,6 +38,7 @@ DEVICE = (
     "int8",
     "lanes",
     "products",
+    "turns",
 )
 BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
 """Rows that kernels are made for. Up to 4 rows are one bucket: a tile of a single row would not
@@ -55,29 +58,6 @@ LEAST_STEPS, LEAST_STEPS_OF_MANY = 2, 8
 """Steps of the loop that a part has at least, for few rows and for many."""
 
 
-Loops = list[tuple[Source, list[tuple[str, Term]]]]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A function that is written, and the programs that run it."""
-
-    emission: Emission
-    rule: str
-    tiling: Tiling
-    outer: int
-    parts: int = 1
-    multiple: int = 1
-
-    def holds(self, bucket: int | None) -> bool:
-        """Whether one tile holds all rows of a bucket, so that others may share the launch."""
-        return self.multiple == 1 and bucket is not None and bucket <= self.tiling.rows
-
-    @property
-    def role(self) -> Role:
-        return Role(self.emission, -(-self.outer // self.tiling.outputs), self.parts)
-
-
 @dataclass
 class LinearLaunches:
     """The launches of one region for up to `bucket` rows.
@@ -90,6 +70,8 @@ class LinearLaunches:
     linear: LinearRegion
     bucket: int | None
     repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
+    alone: bool = True
+    """Nothing runs beside the loop."""
     crowded: bool = False
     """Programs for entries of several rows fill the GPU beside the loop."""
 
@@ -100,6 +82,9 @@ class LinearLaunches:
     def variant(self) -> Variant:
         """Return all launches, in order."""
         stages = self.stages()
+        self.alone = not stages.steps
+        if (alone := FinishedAlone.of(self, stages)) is not None:
+            return Variant(self.bucket, (self.launched(alone.launch()),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -209,22 +194,20 @@ class LinearLaunches:
         multiple = source.before * source.after
         tiling = self.tiling([term], multiple)
         if step.parts > 1:
-            tiling = replace(tiling, width=TILE_OF_CHAIN, stages=3)
+            tiling = replace(tiling, width=step.width, stages=3)
         emission = self.emission("step", tiling, step.outer, multiple)
         emission.line("acc0 = products.zeros(BN, BM)")
         emit_loop(emission, source, [("acc0", term)], step.parts, tiling.width)
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
-            emission.line(
-                f"products.partial({target}, acc0, out, rows, cell, part, ROWS, {step.outer}, BN)"
-            )
+            at = "out, rows, cell, part, ROWS"
+            emission.line(f"products.partial({target}, acc0, {at}, {step.outer}, BN)")
         else:
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
-            emission.line(
-                f"products.store({target}, acc0, out, places, cell, {step.outer}, {after}, BN)"
-            )
+            at = f"out, places, cell, {step.outer}, {after}"
+            emission.line(f"products.store({target}, acc0, {at}, BN)")
         return Planned(emission, "chain", tiling, step.outer, step.parts, multiple)
 
     @property
@@ -287,30 +270,61 @@ class LinearLaunches:
         emission.join()
         for line in begin:
             emission.line(line)
-        for number, (acc, added) in enumerate(stages.added):
-            at = emission.array(f"added{number}", added, added.dtype)
-            emission.line(f"{acc} += products.full({at}, out, rows, {outer})")
-        self.emit_epilogue(emission, self.accs)
+        self.emit_end(emission, stages.added)
         return [
             *launches,
             self.launched(Planned(emission, f"linear_{stages.rules}", tiling, outer)),
         ]
 
-    def emit_products(
-        self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
-        parts: int,
-    ) -> None:  # fmt: skip
-        """Write the loop over the channels of x: accumulators from zero to their sums."""
+    def cleared(self, tiling: Tiling) -> list[str]:
+        """Return the statements that clear all accumulators."""
         lanes = tiling.lanes
         size = "BN, BM" if lanes == 1 else f"BN * {lanes}, BM * {lanes}"
-        begin = [f"{acc} = products.zeros({size})" for acc in self.accs]
+        return [f"{acc} = products.zeros({size})" for acc in self.accs]
+
+    def emit_end(self, emission: Emission, added: Sequence[tuple[str, Scratch]]) -> None:
+        """Write what follows the main loop: what was computed beside it, then the epilogue."""
+        for number, (acc, scratch) in enumerate(added):
+            at = emission.array(f"added{number}", scratch, scratch.dtype)
+            emission.line(f"{acc} += products.full({at}, out, rows, {self.linear.outer})")
+        self.emit_epilogue(emission, self.accs)
+
+    def emit_products(
+        self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
+        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (),
+    ) -> None:  # fmt: skip
+        """Write the loop over the channels of x: accumulators from zero to their sums; `entries` of
+        x are multiplied in front of it."""
+        lanes = tiling.lanes
+        single = self.bucket == 1  # all rows of a tile are one
+        rows, tile = ("entry_rows", replace(tiling, rows=1)) if single else ("rows", tiling)
+        loops = [EntryLoop(emission, work, tile, rows) for _, work in entries]
+
+        def load() -> None:
+            for loop in loops:
+                loop.emit_first()
+
+        def multiply() -> None:
+            for line in self.cleared(tiling):
+                emission.line(line)
+            if single and loops:
+                emission.line("entry_rows = inputs.numbers(tile, 1, ROWS)")
+            for number, loop in enumerate(loops):
+                emission.line(f"extra{number} = products.zeros(BN, {tile.rows})")
+                loop.emit_products(f"extra{number}")
+
+        for loop in loops:
+            loop.emit_bounds()
+        early = emission.written(load)
         emit_loop(
-            emission, source, looped, parts, tiling.width, begin, lanes, tiling.registers,
-            self.linear.outer, tiling.unit,
+            emission, source, looped, parts, tiling.width, emission.written(multiply), lanes,
+            tiling.registers, self.linear.outer, tiling.unit, early,
         )  # fmt: skip
         if lanes > 1:
             for acc in self.accs:
                 emission.line(f"{acc} = lanes.joined({acc}, {lanes})")
+        for number, (acc, _) in enumerate(entries):
+            emission.line(f"{acc} += extra{number}")
 
     def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
         """Write what follows the products, and the store."""
@@ -373,6 +387,7 @@ class LinearLaunches:
             bits,
             group,
             architectures,
+            self.alone,
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))

@@ -35,6 +35,11 @@ MOST_PARTS = 8
 MOST_PARTIAL = 512
 """Rows of partial sums of a chain, of all parts: every program of the main launch adds them up."""
 FEW_ROWS = 4
+SOME_ROWS, MOST_OUTPUTS = 16, 64
+AT_ONCE, SHORT, LONG, LONGEST = 256, 1024, 2048, 6144
+"""Channels of a part that is one step, loaded before x is there, for up to SOME_ROWS rows and
+MOST_OUTPUTS outputs: of chains up to SHORT channels, and for one row from LONG to LONGEST. Others
+hold up what runs beside them: their threads take many registers. Measured on an H200."""
 MOST_ROWS, MOST_ROWS_OF_GROUPS = 64, 16
 """Rows that single entries, and groups of up to 64, are multiplied by at a time."""
 
@@ -64,6 +69,8 @@ class Step:
     parts: int = 1
     tile: int = 0
     """Rows of a tile of a copy across."""
+    width: int = TILE_OF_CHAIN
+    """Channels of a step of a chain that is split into parts."""
 
 
 @dataclass
@@ -177,6 +184,10 @@ class Stages:
         alone = source.before == source.after == 1
         most = max(2, min(MOST_PARTS, MOST_PARTIAL // self.tile))
         parts = min(most, -(-place.inner // LONG_CHAIN)) if alone else 1
+        width = TILE_OF_CHAIN
+        if parts > 1 and self.at_once(place):
+            width = AT_ONCE
+            parts = -(-place.inner // width)
         channels = source.before * place.outer * source.after
         shape, dtype = (self.rows, channels), self.dtype
         if parts > 1:
@@ -184,10 +195,16 @@ class Stages:
         target = Scratch(f"step{len(self.steps)}", dtype, shape)
         term = multiplied(place)
         if isinstance(term, Decoded) and parts > 1:
-            term = replace(term, size=TILE_OF_CHAIN)
-        self.steps.append(Step(source, term, place.outer, target, parts))
+            term = replace(term, size=width)
+        self.steps.append(Step(source, term, place.outer, target, parts, width=width))
         kind = "summed" if parts > 1 else "rows"
         return Source(target, channels, kind, parts=parts)
+
+    def at_once(self, place: Place) -> bool:
+        """Say whether each part of a step of a chain is loaded at once."""
+        if self.tile > SOME_ROWS or place.outer > MOST_OUTPUTS:
+            return False
+        return place.inner <= SHORT or (self.tile == 1 and LONG <= place.inner <= LONGEST)
 
     def plain(self, source: Source) -> Source:
         """Return the rows as an array of `dtype`, copied where they are something else."""

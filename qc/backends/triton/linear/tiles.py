@@ -38,11 +38,12 @@ through tensor memory: what is for it, too, keeps the tiles that it was written 
 
 
 def coded_tilings(
-    rows: int, outer: int, inner: int, bits: int, group: int, architectures: Collection[str]
-) -> Iterator[Tiling]:
+    rows: int, outer: int, inner: int, bits: int, group: int, architectures: Collection[str],
+    alone: bool = True,
+) -> Iterator[Tiling]:  # fmt: skip
     """Yield tiles of a loop over codes, `bits` a weight with factors for `group` channels, for up
-    to `rows` rows: the best first, and at the end one that fits any shape. Measured by
-    benchmarks/gpu_tiles.py."""
+    to `rows` rows: the best first, and at the end one that fits any shape. `alone`: no programs run
+    beside it, so that each may take many registers. Measured by benchmarks/gpu_tiles.py."""
     if MEASURED in architectures and NARROW not in architectures:
         if rows <= 4 and bits <= 4:
             if bits == 4 or outer <= inner:
@@ -55,8 +56,12 @@ def coded_tilings(
                 if wide
                 else Tiling(64, LARGEST, 4, 3, 256, registers=True)
             )
-        elif rows <= 16 and bits == 4:
-            yield Tiling(64, 16, 4, 3, 256, registers=True)  # 16 columns cost less than 4
+        elif rows <= 16 and bits == 4:  # 16 columns cost less than 4
+            at_once = alone and rows > 4 and group >= MANY
+            if at_once and outer >= MANY_OUTPUTS and inner % 512 == 0:
+                yield Tiling(64, 16, 4, 3, 512, registers=True, unit=MANY)
+            unit = MANY if at_once and inner > outer else None
+            yield Tiling(64, 16, 4, 3, 256, registers=True, unit=unit)
         elif bits == 4 and inner > outer and rows > 32:
             yield Tiling(128, rows, 8, 3, 128, registers=True)
         elif bits == 4:

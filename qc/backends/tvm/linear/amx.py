@@ -219,7 +219,7 @@ class TallTile(Tile):
         with T.serial(T.int64(0), T.int64(units)) as unit:
             with T.If(unit + 1 < units), T.Then():
                 self.multiply(T.Bind(unit + 1))
-            self.emit_unit(unit, sums, [0])
+            self.emit_unit(unit, sums, [(0, 0)])
 
     def multiply(self, unit: Any) -> None:
         """Sum the products of one unit into its slot."""

@@ -62,7 +62,7 @@ class StreamReader:
         """Return where a group starts."""
         return group * self.stream.group_bytes + self.stream.factor_bytes
 
-    def quads(self, offset: Any, first: int) -> list[list[Part]]:
+    def quads(self, offset: Any, first: Any) -> list[list[Part]]:
         """Load the codes of `lanes` outputs of the step at `offset`: the parts of each quad."""
         vectors = [
             T.Bind(self.bytes_at(offset + (4 * BLOCK * number + 4 * first), 4 * self.lanes))
@@ -73,26 +73,26 @@ class StreamReader:
             for fields in self.stream.fields
         ]
 
-    def floats(self, offset: Any, first: int) -> Iterator[Any]:
+    def floats(self, offset: Any, first: Any) -> Iterator[Any]:
         """Yield the codes of `lanes` outputs as float32, for each input of the step at `offset`."""
         for parts in self.quads(offset, first):
             for byte in range(4):
                 code = reduce(T.bitwise_or, (p.as_integers(byte, self.lanes) for p in parts))
                 yield T.Cast(typed("float32", self.lanes), code)
 
-    def scale(self, head: Any, first: int) -> Any:
+    def scale(self, head: Any, first: Any) -> Any:
         """Load the scales of `lanes` outputs of the group at `head`."""
         if "scale" in self.stream.coded:
             return T.Bind(self.coded("scale", head, first))
         return T.Bind(self.halves(head, first))
 
-    def coded(self, name: str, start: Any, first: int) -> Any:
+    def coded(self, name: str, start: Any, first: Any) -> Any:
         """Load u8 codes of `lanes` outputs, times the factors of their rows."""
         codes = T.Cast(typed("float32", self.lanes), self.bytes_at(start + first, self.lanes))
         factors = T.int64(2 * BLOCK * self.stream.coded.index(name))
         return codes * self.halves(factors, first)
 
-    def minimum(self, head: Any, first: int, scale: Any) -> Any:
+    def minimum(self, head: Any, first: Any, scale: Any) -> Any:
         """Return what the weights of a group have beside code * scale."""
         offsets = head + self.stream.scale_bytes
         format = self.stream.format
@@ -106,7 +106,7 @@ class StreamReader:
         middle = -float(1 << (format.bits_per_code - 1))
         return T.Bind(scale * splat(T.float32(middle), self.lanes))
 
-    def halves(self, start: Any, first: int) -> Any:
+    def halves(self, start: Any, first: Any) -> Any:
         """Load float16 values of `lanes` outputs as float32."""
         stored = self.bytes_at(start + 2 * first, 2 * self.lanes)
         bits = T.reinterpret(typed("uint16", self.lanes), stored)

@@ -81,11 +81,13 @@ class Int8Stream(TermKernel):
                 RowTile(inputs, reader, row, 1).add(sums[0])
                 return
             tile = Tile(inputs, reader, row, height)
-            # A tile goes over the block once for each vector of outputs: together, LLVM keeps the
-            # repeated activations of all rows for the second vector and spills them.
-            for first in range(0, BLOCK, lanes):
-                with T.serial(T.int64(0), T.int64(self.stream.inner // tile.unit)) as unit:
-                    tile.emit_unit(unit, sums, [first])
+            units = self.stream.inner // tile.unit
+            if lanes == BLOCK:
+                with T.serial(T.int64(0), T.int64(units)) as unit:
+                    tile.emit_unit(unit, sums, [(0, 0)])
+                return
+            with T.serial(T.int64(0), T.int64(BLOCK // lanes)) as vector:
+                tile.add_vector(vector * lanes, units, sums)
 
         return add
 
@@ -142,10 +144,26 @@ class Tile:
         """Return the number of the group of activations that an input is in."""
         return T.floordiv(first_input, T.int64(self.activation_group))
 
-    def emit_unit(self, unit: Any, sums: list[Any], vectors: Sequence[int]) -> None:
+    def add_vector(self, first: Any, units: int, sums: Sequence[Any]) -> None:
+        """Add the products of all inputs with the vector of outputs from `first` on.
+
+        A tile goes over the block once for each vector of outputs: together, LLVM keeps the
+        repeated activations of all rows for the second vector and spills them. Where the vector is
+        a variable, its code is there once, and the sums of the others are in memory.
+        """
+        lanes = self.reader.lanes
+        own = [accumulator(lanes, size=lanes) for _ in sums]
+        for mine, whole in zip(own, sums, strict=True):
+            T.buffer_store(mine, whole[span(first, lanes)], [span(0, lanes)])
+        with T.serial(T.int64(0), T.int64(units)) as unit:
+            self.emit_unit(unit, own, [(first, 0)])
+        for mine, whole in zip(own, sums, strict=True):
+            T.buffer_store(whole, mine[span(0, lanes)], [span(first, lanes)])
+
+    def emit_unit(self, unit: Any, sums: Sequence[Any], vectors: Sequence[tuple[Any, int]]) -> None:
         """Add the products of one unit of inputs to the accumulators of all rows.
 
-        `vectors` are the first outputs of the vectors to compute.
+        `vectors` are those of the outputs to compute: the first of them, and where its sum is.
         """
         stream, lanes = self.reader.stream, self.reader.lanes
         units = stream.group // self.unit
@@ -153,17 +171,16 @@ class Tile:
         skipped = T.floormod(unit, T.int64(units)) * (self.unit // STEP * stream.step_bytes)
         codes = T.Bind(head + stream.head_bytes + skipped)
         first_input = T.Bind(unit * self.unit)
-        if vectors[0] == 0:
-            self.emit_prefetch(codes)
+        self.emit_prefetch(codes)
         group = self.group_of(first_input)
         rows = range(self.height)
         scales = [self.read(self.inputs.scale, r, group) for r in rows]
         totals = [self.total(r, unit, first_input, scales[r]) for r in rows if self.has_offsets]
-        for first in vectors:
+        for first, place in vectors:
             integers = self.emit_integers(codes, first_input, first)
             scale = self.reader.scale(head, first)
             minimum = self.reader.minimum(head, first, scale) if self.has_offsets else None
-            at = span(first, lanes)
+            at = span(place, lanes)
             for r in rows:
                 exact = T.Cast(f"float32x{lanes}", integers[r]) * splat(scales[r], lanes)
                 value = sums[r][at] + scale * exact
@@ -196,7 +213,7 @@ class Tile:
         integer = pure("int32", "llvm.vector.reduce.add", partial[span(0, width // 4)])
         return T.Bind(T.Cast("float32", integer) * scale)
 
-    def emit_integers(self, codes: Any, first_input: Any, first: int) -> list[Any]:
+    def emit_integers(self, codes: Any, first_input: Any, first: Any) -> list[Any]:
         """Return the sums of q a over one unit, for `lanes` outputs: a vector for each row."""
         steps, lanes = self.unit // STEP, self.reader.lanes
         step_bytes = self.reader.stream.step_bytes
@@ -213,7 +230,7 @@ class Tile:
                 T.buffer_store(total, total[span(0, lanes)] + value, [span(0, lanes)])
         return [total[span(0, lanes)] for total in totals]
 
-    def emit_step(self, codes: Any, first_input: Any, first: int) -> list[Any]:
+    def emit_step(self, codes: Any, first_input: Any, first: Any) -> list[Any]:
         """Return the sums of q a over 32 inputs."""
         quads = self.reader.quads(codes, first)
         if self.target.has("avx512_vnni"):

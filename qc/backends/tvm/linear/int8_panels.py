@@ -21,7 +21,7 @@ from qc.backends.tvm.linear.codes import StreamReader, nibbles
 from qc.backends.tvm.linear.inputs import Inputs
 from qc.backends.tvm.linear.int8_dot import UNROLLED_STEPS, Int8Stream, Tile
 from qc.backends.tvm.linear.layout import BLOCK, QUADS, STEP
-from qc.backends.tvm.linear.skeleton import Signature, accumulator
+from qc.backends.tvm.linear.skeleton import Signature, accumulator, zeros_in_memory
 from qc.backends.tvm.linear.term import Products, TermKernel
 from qc.backends.tvm.linear.vectors import float_lanes, span, splat
 
@@ -73,6 +73,10 @@ class PanelStream(Int8Stream):
         return replace(self, tall=height == TALL)
 
     @property
+    def sums_in_memory(self) -> bool:
+        return self.tall
+
+    @property
     def parts(self) -> int:
         """Into how many parts of four bits codes are split."""
         return 2 if self.stream.format.bits_per_code > 4 else 1
@@ -112,7 +116,7 @@ class PanelStream(Int8Stream):
         def add(row: Any, height: int, sums: Any) -> None:
             tile = Tile(inputs, reader, row, height)
             panels = signature.scratch[self.key(tile)]
-            TallTile(inputs, reader, row, height, panels, unpacked).add(sums)
+            TallTile(inputs, reader, row, height, panels, unpacked).add(sums[0])
 
         return add
 
@@ -211,25 +215,24 @@ class TallTile(Tile):
     panels: Panels
     weights: Block
 
-    def add(self, sums: list[Any]) -> None:
-        """Add the products of all units to the accumulators."""
+    def add(self, sums: Any) -> None:
+        """Add the products of all units to float32[rows * 16] sums."""
         first = T.Bind(T.floordiv(self.row + (TALL - 1), T.int64(TALL)) * VECTORS)
-        turned = accumulator(LANES, size=BLOCK * TALL)
+        turned = zeros_in_memory(BLOCK * TALL, LANES)
         units, each = self.inputs.inner // self.unit, self.reader.stream.group // self.unit
         with T.serial(T.int64(0), T.int64(units)) as unit:
             group = T.Bind(T.floordiv(unit, T.int64(each)) * BLOCK)
             with T.serial(T.int64(0), T.int64(BLOCK)) as output:
                 self.add_output(first, unit, group, output, turned)
-        for vector in range(VECTORS):
-            for start in range(0, BLOCK, LANES):
-                columns = [
-                    turned[span(((start + i) * VECTORS + vector) * LANES, LANES)]
-                    for i in range(LANES)
-                ]
-                at = span(start, LANES)
-                for r, value in enumerate(transposed([T.Bind(c) for c in columns])):
-                    total = sums[vector * LANES + r]
-                    T.buffer_store(total, total[at] + value, [at])
+        with (
+            T.serial(T.int64(0), T.int64(VECTORS)) as vector,
+            T.serial(T.int64(0), T.int64(BLOCK // LANES)) as part,
+        ):
+            outputs = (part * LANES + i for i in range(LANES))
+            columns = [turned[span((o * VECTORS + vector) * LANES, LANES)] for o in outputs]
+            for r, value in enumerate(transposed([T.Bind(column) for column in columns])):
+                at = span((vector * LANES + r) * BLOCK + part * LANES, LANES)
+                T.buffer_store(sums, sums[at] + value, [at])
 
     def add_output(self, first: Any, unit: Any, group: Any, output: Any, turned: Any) -> None:
         """Add the products of one unit with one output."""

@@ -39,7 +39,7 @@ class RowTile(Tile):
         units = self.reader.stream.inner // self.unit
         if not 1 < self.units <= UNROLLED_UNITS:
             with T.serial(T.int64(0), T.int64(units)) as unit:
-                self.emit_unit(unit, [sums], self.vectors)
+                self.emit_unit(unit, [sums], [(first, first) for first in self.vectors])
             return
         with T.serial(T.int64(0), T.int64(units // self.units)) as group:
             self.emit_group(group, sums, self.units)

@@ -32,7 +32,9 @@ from qc.backends.tvm.linear.skeleton import (
     choose_height,
     for_each_block,
     for_each_tile,
+    store_sums,
     store_tile,
+    zeros_in_memory,
 )
 from qc.backends.tvm.linear.stream_float import float_stream_term
 from qc.backends.tvm.linear.structures import chain_term, selected_term
@@ -114,12 +116,23 @@ class LinearKernels:
             for node, kernels in terms.items()
         }
 
+        in_memory = any(kernel.sums_in_memory for kernels in terms.values() for kernel in kernels)
+
+        def new_sums(height: int) -> list[Any]:
+            if in_memory:
+                return [zeros_in_memory(height * BLOCK, lanes)]
+            return [accumulator(lanes) for _ in range(height)]
+
         def emit(row: Any, height: int) -> None:
-            sums = {n: [accumulator(lanes) for _ in range(height)] for n in products}
+            sums = {node: new_sums(height) for node in products}
             for node, added in products.items():
                 for add in added:
                     add(row, height, sums[node])
-            store_tile(signature, sums, row, block, lanes)
+            if in_memory:
+                whole = {node: buffers[0] for node, buffers in sums.items()}
+                store_sums(signature, whole, height, row, block, lanes)
+            else:
+                store_tile(signature, sums, row, block, lanes)
 
         for_each_tile(signature, height, emit)
         for kernels in terms.values():

@@ -239,7 +239,6 @@ def store_tile(
     The sums go through memory, so that the epilogue is compiled once a tile and not once a
     vector, and so that the accumulators, never indexed by a variable, stay in registers.
     """
-    outer = signature.linear.outer
     height = len(next(iter(accumulators.values())))
     copies = {}
     for node, rows in accumulators.items():
@@ -247,12 +246,20 @@ def store_tile(
         for at in range(0, height * 16, lanes):
             value = rows[at // 16][span(at % 16, lanes)]
             T.buffer_store(copies[node], value, [span(at, lanes)])
+    store_sums(signature, copies, height, row, block, lanes)
+
+
+def store_sums(
+    signature: Signature, sums: Mapping[Node, Any], height: int, row: Any, block: Any, lanes: int
+) -> None:
+    """Finish and store 16 outputs of `height` rows from float32[height * 16] sums."""
+    outer = signature.linear.outer
 
     def store_vectors() -> None:
         steps = height * 16 // lanes
         with T.serial(T.int64(0), T.int64(steps)) as step:
             at = step * lanes
-            products = {node: copy[span(at, lanes)] for node, copy in copies.items()}
+            products = {node: each[span(at, lanes)] for node, each in sums.items()}
             r = T.Bind(row + T.floordiv(at, T.int64(16)))
             column = T.Bind(block * 16 + T.floormod(at, T.int64(16)))
             read = partial(signature.read_extra, row=r, column=column, lanes=lanes)
@@ -264,7 +271,7 @@ def store_tile(
             T.serial(T.int64(0), T.int64(height)) as r,
             T.serial(T.int64(0), T.int64(outer % 16)) as lane,
         ):
-            products = {node: copy[r * 16 + lane] for node, copy in copies.items()}
+            products = {node: each[r * 16 + lane] for node, each in sums.items()}
             store_one(signature, products, row + r, block * 16 + lane)
 
     if outer % 16 == 0:
@@ -275,6 +282,14 @@ def store_tile(
             store_vectors()
         with T.Else():
             store_lanes()
+
+
+def zeros_in_memory(size: int, lanes: int) -> Any:
+    """Allocate zeros that are too many for registers."""
+    buffer = T.alloc_buffer((size,), "float32", layout=None)
+    with T.serial(T.int64(0), T.int64(size // lanes)) as number:
+        T.buffer_store(buffer, splat(T.float32(0), lanes), [span(number * lanes, lanes)])
+    return buffer
 
 
 def accumulator(lanes: int, dtype: str = "float32", size: int = 16) -> Any:

@@ -22,7 +22,7 @@ from qc.ir.types import ActivationFormat
 from qc.ir.weights.weight import ArraySpec, TermFormat, Weight
 
 Accumulators = Sequence[Any]
-"""One float32[16] buffer for each row of a tile."""
+"""One float32[16] buffer for each row of a tile, or, with `sums_in_memory`, one for all rows."""
 
 Products = Callable[[Any, int, Accumulators], None]
 """(first row, rows of the tile, accumulators): emit the products and add them."""
@@ -89,6 +89,11 @@ class TermKernel(ABC):
     """How one term, or several, are read and multiplied. `rule` names it in reports."""
 
     rule: ClassVar[str]
+
+    @property
+    def sums_in_memory(self) -> bool:
+        """Say whether a tile has too many rows to keep its sums in registers."""
+        return False
 
     @abstractmethod
     def declare(self, signature: Signature) -> None:
