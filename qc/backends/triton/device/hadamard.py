@@ -35,14 +35,19 @@ def scale(tile, factor):
 
 
 @triton.jit
+def butterfly(tile, LINES: tl.constexpr, PADDED: tl.constexpr, APART: tl.constexpr):
+    """Sums and differences of elements APART."""
+    pairs = tl.reshape(tile, (LINES * PADDED // (2 * APART), 2, APART))
+    low, high = tl.split(tl.permute(pairs, (0, 2, 1)))
+    mixed = tl.permute(tl.join(low + high, low - high), (0, 2, 1))
+    return tl.reshape(mixed, (LINES, PADDED))
+
+
+@triton.jit
 def butterflies(tile, LINES: tl.constexpr, ROUNDS: tl.constexpr, PADDED: tl.constexpr):
     """Sums and differences of lines 1, 2, 4, ... apart. Sylvester 1867."""
     for turn in tl.static_range(ROUNDS):
-        apart: tl.constexpr = (1 << turn) * PADDED
-        pairs = tl.permute(tl.reshape(tile, (LINES * PADDED // (2 * apart), 2, apart)), (0, 2, 1))
-        low, high = tl.split(pairs)
-        mixed = tl.permute(tl.join(low + high, low - high), (0, 2, 1))
-        tile = tl.reshape(mixed, (LINES, PADDED))
+        tile = butterfly(tile, LINES, PADDED, (1 << turn) * PADDED)
     return tile
 
 
