@@ -36,27 +36,31 @@ def tile(x, places, start, CHANNELS: tl.constexpr, AFTER: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def quantized_tile(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-                   WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Load channels of quantized rows and widen them: code * scale, rounded to DTYPE."""
+def codes_and_scales(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+                     WIDTH: tl.constexpr):  # fmt: skip
+    """Load channels of quantized rows and the scales of their groups, [WIDTH, rows] both."""
     channel = start + tl.arange(0, WIDTH)
     inside = (channel < CHANNELS)[:, None]
     GROUPS: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
     code = tl.load(codes + places[None, :] + channel[:, None], mask=inside, other=0)
     at = scale + rows[None, :] * GROUPS + tl.minimum(channel // GROUP, GROUPS - 1)[:, None]
-    return (code.to(tl.float32) * tl.load(at)).to(DTYPE)
+    return code, tl.load(at)
+
+
+@triton.jit
+def quantized_tile(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+                   WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Load channels of quantized rows and widen them: code * scale, rounded to DTYPE."""
+    code, factor = codes_and_scales(codes, scale, rows, places, start, CHANNELS, GROUP, WIDTH)
+    return (code.to(tl.float32) * factor).to(DTYPE)
 
 
 @triton.jit
 def small_float_tile(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
                      WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Load channels of rows of e4m3 and widen them like `quantized_tile`."""
-    channel = start + tl.arange(0, WIDTH)
-    inside = (channel < CHANNELS)[:, None]
-    GROUPS: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
-    code = tl.load(codes + places[None, :] + channel[:, None], mask=inside, other=0)
-    at = scale + rows[None, :] * GROUPS + tl.minimum(channel // GROUP, GROUPS - 1)[:, None]
-    return (from_e4m3(code).to(tl.float32) * (tl.load(at) * 256.0)).to(DTYPE)
+    code, factor = codes_and_scales(codes, scale, rows, places, start, CHANNELS, GROUP, WIDTH)
+    return (from_e4m3(code).to(tl.float32) * (factor * 256.0)).to(DTYPE)
 
 
 @triton.jit
