@@ -23,9 +23,7 @@ def images(classes: Tensor, generator: torch.Generator) -> Tensor:
     return torch.sin((1 + classes.view(-1, 1, 1, 1) % 3) * across.unsqueeze(1) + phase)
 
 
-def noised(
-    count: int, seed: int
-) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+def noised(count: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """Return inputs of the model, and the noise in them that it shall predict."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(0, CLASSES, (count,), generator=generator)

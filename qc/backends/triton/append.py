@@ -24,9 +24,7 @@ def cache_shape(node: Node) -> tuple[Dim, ...]:
     return (batch, symbol("context"), heads, dim)
 
 
-def codes_of(
-    glue: Glue, operand: int, node: Node, format: ActivationFormat
-) -> tuple[str, str]:  # fmt: skip
+def codes_of(glue: Glue, operand: int, node: Node, format: ActivationFormat) -> tuple[str, str]:
     """Add pointers to the codes and the scales of a quantized cache, a scale a head."""
     shape = cache_shape(node)
     codes = glue.pointer(ArrayArgument(operand, "codes", shape), code_dtype(format))

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -234,7 +234,8 @@ class CudaBinding(Binding):
         self._driver, self._overlapping = program.device.driver, program.device.overlapping
         self._symbols = dict(sizes) | {PAST: 0}
         self._memo: dict[Dim, int] = {}
-        self._program, self._sampler = program, cast("Sampler | None", None)
+        self._program = program
+        self._sampler: Sampler | None = None
         self._runs = {False: 0, True: 0}
         self._graphs: dict[bool, ctypes.c_void_p] = {}
         """By whether tokens are chosen."""
