@@ -90,7 +90,8 @@ class Int8Coded(Coded):
             size = f"{blocks}, {stream.bits}, {steps}, BN"
             loaded = emission.bind(f"int8.load({name}, block, {here}, {size})")
             four = stream.bits == 4
-            loop.known[key] = emission.bind(f"int8.unpack({loaded})") if four else loaded
+            unpack = "int8.unpack" if emission.unpacking == "fragments" else "portable.unpack_bytes"
+            loop.known[key] = emission.bind(f"{unpack}({loaded})") if four else loaded
         codes = loop.known[key]
         return f"{codes}[{start % columns // RUN}]" if stream.bits == 4 else codes
 
