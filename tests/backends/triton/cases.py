@@ -63,7 +63,8 @@ class Case:
     @property
     def target(self) -> Target:
         """The machine."""
-        return computing(parse_machine(f"cuda:{self.architecture}"), self.dtype)
+        device = "rocm" if self.architecture.startswith("gfx") else "cuda"
+        return computing(parse_machine(f"{device}:{self.architecture}"), self.dtype)
 
     @property
     def half(self) -> torch.dtype:

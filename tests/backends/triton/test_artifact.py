@@ -25,9 +25,10 @@ from qc.ir.fused import Fused
 from qc.ir.graph import Graph
 from qc.ir.node import make
 from qc.ir.target import GPUS, parse_machine
+from qc.ir.target import ROCM as ROCM_GPUS
 from qc.passes.pipeline import Context
 from qc.passes.plan.fuse import Fuse
-from qc.runtime.manifest import CUDA, KernelStep
+from qc.runtime.manifest import CUDA, ROCM, KernelStep
 from tests.backends.triton.kernel_cases import BATCH, CASES, SEQ, value
 from tests.tiny_llama import llama_folder
 
@@ -43,7 +44,8 @@ def launches_of(name: str, architecture: str) -> list[Launch]:
     assert isinstance(node.op, Fused)
     from qc.backends.region import Region
 
-    region = Region(node.op.body, node.inputs, parse_machine(f"cuda:{architecture}"))
+    device = "rocm" if architecture in ROCM_GPUS else "cuda"
+    region = Region(node.op.body, node.inputs, parse_machine(f"{device}:{architecture}"))
     call: Call | None = next((c for rule in RULES if (c := rule(region))), None)
     assert call is not None
     return [launch for variant in call.variants for launch in variant.launches]
@@ -185,6 +187,36 @@ def test_one_program_serves_all_architectures() -> None:
         parse_machine("cuda:sm_91")
 
 
-def test_a_gpu_of_amd_is_compiled_for_and_not_run(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="nothing runs them yet"):
-        qc.compile(llama_folder(tmp_path), "rocm:gfx942-w4a16", output=tmp_path / "amd.qc")
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["rocm:gfx942-w4a16", "rocm:gfx942-w4"])
+def test_an_artifact_for_amd_is_complete(target: str, tmp_path: Path) -> None:
+    artifact = qc.compile(llama_folder(tmp_path), target, output=tmp_path / "tiny.qc")
+    manifest = artifact.manifest
+    assert manifest.executor == ROCM
+    assert manifest.golden
+    for code in manifest.code.values():
+        (binary,) = code.binaries
+        assert binary.architecture == "gfx942"
+        assert binary.shared <= ROCM_GPUS["gfx942"].shared
+        assert (artifact.path / binary.file).read_bytes().startswith(b"\x7fELF")
+    with pytest.raises(ArtifactError, match="runs on an AMD GPU, and this machine has none"):
+        artifact([1, 2, 3])
+
+
+@pytest.mark.parametrize("name", ["angles", "quantize in groups"])
+def test_kernels_compile_for_amd(name: str, tmp_path: Path) -> None:
+    for launch in launches_of(name, "gfx942"):
+        code = compile_launch(launch, "gfx942", tmp_path)
+        assert code.binary.startswith(b"\x7fELF")
+        assert code.spills == 0
+        assert code.ptx == ""
+        assert compile_launch(launch, "gfx942", tmp_path) == code  # from the cache
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_amd(tmp_path: Path) -> None:
+    for name in CASES:
+        for launch in launches_of(name, "gfx942"):
+            code = compile_launch(launch, "gfx942", tmp_path)
+            assert code.shared_bytes <= ROCM_GPUS["gfx942"].shared
+            assert 64 * code.num_warps <= 1024

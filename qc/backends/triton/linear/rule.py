@@ -28,7 +28,6 @@ from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
-    "bfloat16",
     "decode",
     "elementwise",
     "entries",
@@ -37,6 +36,7 @@ DEVICE = (
     "inputs",
     "int8",
     "lanes",
+    "portable",
     "products",
     "turns",
 )
@@ -122,8 +122,10 @@ class LinearLaunches:
 
     def emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
         """Begin a function: its tile's rows and outputs."""
-        emission = Emission(name, f"{name}: {self.linear.outer} x {self.linear.inner}", DEVICE)
-        emission.dtype = half_dtype(self.linear.region.target)
+        emission = Emission(name, f"{name}: {outer} x {self.linear.inner}", DEVICE)
+        target = self.linear.region.target
+        emission.dtype = half_dtype(target)
+        emission.unpacking = "portable" if target.device == "rocm" else "fragments"
         emission.prefix = f"{name}_"
         emission.constants |= {"BN": tiling.outputs, "BM": tiling.rows}
         emission.size("ROWS", SizeArgument(self.rows))
