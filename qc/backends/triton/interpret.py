@@ -85,6 +85,10 @@ def run_ptx(text: str, operands: list[Words], results: int) -> list[Words]:
             continue
         instruction, rest = statement.split(None, 1)
         target, *sources = (each.strip() for each in rest.split(","))
+        if instruction == "mov.b32" and len(sources) == 2:  # {target, source}, register
+            registers[target] = registers[sources[1]] & np.uint32(0xFFFF)
+            registers[sources[0]] = registers[sources[1]] >> np.uint32(16)
+            continue
         values = [
             registers[s] if s in registers else np.full(shape, int(s, 0), np.uint32)
             for s in sources
@@ -103,6 +107,10 @@ class Results:
         return self.handles[number]
 
 
+KINDS = {tl.bfloat16: np.uint16, tl.int16: np.int16}
+"""How the interpreter keeps numbers of 16 bits, but float16."""
+
+
 def create_inline_asm(
     self: Any, text: str, constraints: str, values: list[Any], types: list[Any], pure: bool,
     pack: int,
@@ -116,8 +124,9 @@ def create_inline_asm(
     handles = []
     for words, type in zip(found, types, strict=True):
         element = getattr(type, "scalar", type)
-        halves_of = np.uint16 if element == tl.bfloat16 else np.float16
-        kind = halves_of if pack == 2 else np.int8  # what fills a register, pack at a time
+        if pack == 1:  # registers of 16 bits
+            words = words.astype(np.uint16)
+        kind = np.int8 if pack == 4 else KINDS.get(element, np.float16)  # what fills a register
         data = np.ascontiguousarray(words).view(kind).reshape(shape)
         handles.append(interpreter.TensorHandle(data, element))
     return Results(handles)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Case:
     kind: str = "int"
     """Of the activations' codes: "int", or "e4m3"."""
     architecture: str = "sm_90"
+    multiprocessors: int | None = None
+    """Of the machine, where they are fewer."""
 
     def __str__(self) -> str:
         code = "e4m3" if self.kind == "e4m3" else "int8"
@@ -57,6 +59,7 @@ class Case:
         slow = "" if self.fast else " decoded"
         brain = " bf16" if self.dtype == "bf16" else ""
         where = "" if self.architecture == "sm_90" else f" {self.architecture}"
+        where += f" on {self.multiprocessors}" if self.multiprocessors else ""
         size = f"{self.outer}x{self.inner} rows {self.rows}"
         return f"{self.format} {size}{x}{more}{slow}{brain}{where}"
 
@@ -64,7 +67,10 @@ class Case:
     def target(self) -> Target:
         """The machine."""
         device = "rocm" if self.architecture.startswith("gfx") else "cuda"
-        return computing(parse_machine(f"{device}:{self.architecture}"), self.dtype)
+        found = computing(parse_machine(f"{device}:{self.architecture}"), self.dtype)
+        if self.multiprocessors is None or found.gpu is None:
+            return found
+        return replace(found, gpu=replace(found.gpu, multiprocessors=self.multiprocessors))
 
     @property
     def half(self) -> torch.dtype:

@@ -27,6 +27,14 @@ SUMS = (
 )
 """Sums of terms, with what the planner fuses behind them."""
 
+STREAMED = (
+    Case("int4·g128", 80, 1024, 1, None, "all", multiprocessors=1),
+    Case("int4·g128·zero", 64, 1024, 1, None, "residual", multiprocessors=1),
+    Case("int4·g128", 80, 2048, 1, dtype="bf16", multiprocessors=1),
+    Case("int4·g128", 80, 4096, 1, multiprocessors=1),
+)
+"""More tiles of outputs than programs run at once: those take one after another."""
+
 FP8 = tuple(
     Case(format, outer, inner, rows, 0, epilogue, kind="e4m3", dtype=dtype, architecture=machine)
     for format, outer, inner, rows, epilogue, dtype, machine in (
@@ -68,4 +76,4 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *FP8, *BUCKETS]
+    return [*examples(), *SUMS, *STREAMED, *FP8, *BUCKETS]

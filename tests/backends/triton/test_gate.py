@@ -84,6 +84,24 @@ def test_all_codes_of_a_row_are_asked_for_before_it_is_there() -> None:
     assert len(names) * WARP * cubin.num_warps / weights <= 2.75  # all of it, there is no loop
 
 
+def test_the_next_tile_is_asked_for_before_one_is_multiplied() -> None:
+    """In the order of the machine code: loads of the first tile, the wait for other launches, and
+    in the loop those of the next one in front of the products."""
+    launch = main_launch(Case("int4·g128", 14336, 4096), 1, 90)
+    cubin = compile_launch(launch, 90)
+    names = [name for _, name, _ in INSTRUCTION.findall(inspect(cubin.binary, "-sass"))]
+    wait, first = names.index("ACQBULK"), next(
+        at for at, name in enumerate(names) if name.startswith("HMMA")
+    )  # fmt: skip
+    wide = [at for at, name in enumerate(names) if name.endswith(".128")]
+    assert [sum(at < wait for at in wide), sum(wait < at < first for at in wide)] == [8, 8]
+    assert not any(name.startswith("HGMMA") for name in names)
+    assert not cubin.spills
+    assert cubin.registers * WARP * cubin.num_warps * 2 <= 65536  # two programs run at once
+    weights = 16 * 4096
+    assert len(names) * WARP * cubin.num_warps / weights <= 2.6
+
+
 @pytest.mark.parametrize(("architecture", "rows", "budget"), [(80, 1, 1.5), (90, 16, 2.15)])
 def test_four_bits_times_bytes_take_fewer(architecture: int, rows: int, budget: float) -> None:
     case = Case("int4·g128", 4096, 4096, activation=0)

@@ -16,6 +16,7 @@ from qc.backends.triton.device.fragments import (
     half_pair,
     small_floats_to,
 )
+from qc.backends.triton.device.streams import conversion_of_pairs
 from qc.backends.triton.interpret import halves, install, lop3, narrowed, run_ptx, widened
 
 
@@ -49,6 +50,15 @@ def test_a_conversion_gives_every_code_exactly(bits: int, unit: int, zero: int) 
             codes = (words >> np.uint32(16 * lane + bits * number)) & np.uint32((1 << bits) - 1)
             expected = unit * codes.astype(np.int64) - zero
             assert np.array_equal(halves(register)[:, lane].astype(np.int64), expected)
+
+
+def test_the_codes_of_pairs_come_apart() -> None:
+    words = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
+    found = run_ptx(conversion_of_pairs(8), [words], 8)
+    for number, register in enumerate(found):
+        codes = (words >> np.uint32(16 * (number % 2) + 4 * (number // 2))) & np.uint32(15)
+        values = register.astype(np.uint16).view(np.float16)
+        assert np.array_equal(values, codes.astype(np.float16) - 8)
 
 
 def brain_pairs(words: np.ndarray) -> np.ndarray:

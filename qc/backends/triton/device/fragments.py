@@ -134,24 +134,34 @@ def load(plane, first, start, BLOCKS: tl.constexpr, BITS: tl.constexpr, STEPS: t
 
 
 @triton.jit
-def load_where(plane, first, start, more, BLOCKS: tl.constexpr, BITS: tl.constexpr,
-               STEPS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """Load words like `load`, if there are `more`."""
-    at = plane + places(first, start, BLOCKS, BITS, STEPS, OUT, LANES)
-    words = tl.load(at, mask=more)
-    return tl.reshape(words, [OUT * LANES // 16, 8, 4, 2, 2, 2])
+def load_pairs(plane, first, start, BLOCKS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+               OUT: tl.constexpr, LANES: tl.constexpr = 1):  # fmt: skip
+    """Load words like `load`, two neighbours in a register: a loop passes those on as they are, and
+    would take single words out of their registers and put them together again."""
+    at = places(first, start, BLOCKS, BITS, STEPS, OUT, LANES, 128)
+    pairs = tl.load(plane.to(tl.pointer_type(tl.int32), bitcast=True) + at)
+    return tl.reshape(pairs, [OUT * LANES // 16, 8, 4, 2, 2])
+
+
+@triton.jit
+def words(pairs):
+    """Return the words of pairs."""
+    return tl.join(*tl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (tl.int16, tl.int16), True, 1
+    ))  # fmt: skip
 
 
 @triton.jit
 def places(first, start, BLOCKS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
-           OUT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """Return where the words of a tile lie: of lane after lane, of block after block."""
-    at = tl.arange(0, OUT * 16 * LANES)
-    block = first + at // 256 % (OUT // 16)
+           OUT: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr = 256):  # fmt: skip
+    """Return where the words of a tile lie: of lane after lane, of block after block. SIZE: the
+    words of a block, or pairs of them."""
+    at = tl.arange(0, OUT * SIZE // 16 * LANES)
+    block = first + at // SIZE % (OUT // 16)
     if BLOCKS * 16 % OUT != 0:
         block = tl.minimum(block, BLOCKS - 1)
-    lane = at // (OUT * 16) * (STEPS // LANES * 256)
-    return (block * (STEPS * 256) + lane + at % 256) + start // (256 // BITS) * 256
+    lane = at // (OUT * SIZE // 16) * (STEPS // LANES * SIZE)
+    return (block * (STEPS * SIZE) + lane + at % SIZE) + start // (256 // BITS) * SIZE
 
 
 @triton.jit

@@ -36,6 +36,13 @@ def number(axis: tl.constexpr):
 
 
 @triton.jit
+def count(axis: tl.constexpr):
+    """Return how many programs a grid has: not a number that is known when compiling, for which
+    addresses would be added up in registers of their own."""
+    return tl.num_programs(axis)
+
+
+@triton.jit
 def within(number, FIRST: tl.constexpr, CELLS: tl.constexpr):
     """Return the tile of outputs of a program of a role, and its part of the channels."""
     local = number - FIRST

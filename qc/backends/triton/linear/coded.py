@@ -192,10 +192,7 @@ class Coded(Term):
         """Load the words of a plane from channel `start` of the step on, once."""
         blocks = -(-self.place.outer // BLOCK)
         steps = -(-self.place.inner // (256 // bits))
-        lead = "_".join(map(str, stream.lead))
-        array = f"{stream.array}/plane{bits}at{place}" + (f"of{lead}" if lead else "")
-        repack = partial(packed, stream, self.place.shape, bits, place)
-        name = emission.weight(self.place.operand, array, torch.int16, repack)
+        name = self.plane(emission, stream, bits, place)
         key = f"{name} from {start}"
         if key not in loop.known:
             sizes = f"{blocks}, {bits}, {steps}"
@@ -206,6 +203,13 @@ class Coded(Term):
                 at = f"{here}, {sizes}, BN, {loop.lanes}"
                 loop.known[key] = emission.bind(f"fragments.load({name}, block, {at})")
         return loop.known[key]
+
+    def plane(self, emission: Emission, stream: Stream, bits: int, place: int) -> str:
+        """Take a plane as a parameter."""
+        lead = "_".join(map(str, stream.lead))
+        array = f"{stream.array}/plane{bits}at{place}" + (f"of{lead}" if lead else "")
+        repack = partial(packed, stream, self.place.shape, bits, place)
+        return emission.weight(self.place.operand, array, torch.int16, repack)
 
 
 def packed(stream: Stream, shape: tuple[int, int], bits: int, place: int, weight: Weight) -> Tensor:

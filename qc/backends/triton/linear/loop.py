@@ -152,14 +152,10 @@ class Loop:
         sizes = f"{sizes}, BN, {self.lanes}"
         at, after = (
             self.stored_at(f"({step}) * {self.width} + {start}", columns)
-            for step in (self.first, "step + 1")
+            for step in (self.first, f"tl.minimum(step + 1, {self.steps - 1})")
         )
-        more = f"step + 1 < {self.last}"
-        return self.carried(
-            emission,
-            f"fragments.load({name}, block, {at}, {sizes})",
-            f"fragments.load_where({name}, block, {after}, {more}, {sizes})",
-        )
+        at, after = (f"fragments.load_pairs({name}, block, {k}, {sizes})" for k in (at, after))
+        return emission.bind(f"fragments.words({self.carried(emission, at, after)})")
 
     def carried(self, emission: Emission, first: str, after: str) -> str:
         """Write a load in front of the loop, and in a step that of the one after; return the name

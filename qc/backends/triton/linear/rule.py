@@ -10,7 +10,7 @@ import torch
 from qc.backends.linear_region import LinearRegion, match_linear
 from qc.backends.region import RESULT, ArrayArgument, Region, Repack, SizeArgument
 from qc.backends.triton.emit import WHERE, Emission, combined
-from qc.backends.triton.kernel import Call, Cells, Launch, Scratch, Variant
+from qc.backends.triton.kernel import Call, Cells, Grid, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear import tiles
 from qc.backends.triton.linear.coded import Coded
@@ -23,6 +23,7 @@ from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, ste
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.planned import Planned
 from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
+from qc.backends.triton.linear.streamed import Streamed
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
 from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
@@ -38,6 +39,7 @@ DEVICE = (
     "lanes",
     "portable",
     "products",
+    "streams",
     "turns",
 )
 BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
@@ -83,6 +85,8 @@ class LinearLaunches:
         """Return all launches, in order."""
         stages = self.stages()
         self.alone = not stages.steps
+        if (streamed := Streamed.of(self, stages)) is not None:
+            return Variant(self.bucket, (streamed.launch(),))
         if (alone := FinishedAlone.of(self, stages)) is not None:
             return Variant(self.bucket, (self.launched(alone.launch()),))
         works = [step.work for step in stages.steps]
@@ -342,15 +346,16 @@ class LinearLaunches:
 
     def launched(self, planned: Planned) -> Launch:
         """Close a function that has a launch of its own."""
-        emission, tiling = planned.emission, planned.tiling
+        rows = Cells(as_dim(self.rows * planned.multiple), planned.tiling.rows)
+        grid = rows, Cells(planned.outer, planned.tiling.outputs), Cells(planned.parts)
+        return self.launched_by(planned.emission, planned.rule, planned.tiling, grid)
+
+    def launched_by(self, emission: Emission, rule: str, tiling: Tiling, grid: Grid) -> Launch:
+        """Close a function that the programs of a grid run."""
         self.repack |= emission.repack
         for axis, name in reversed(list(enumerate(WHERE))):
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
-        rows = Cells(as_dim(self.rows * planned.multiple), tiling.rows)
-        grid = rows, Cells(planned.outer, tiling.outputs), Cells(planned.parts)
-        return emission.launch(
-            planned.rule, grid, tiling.warps, tiling.stages, tiling.most_registers
-        )
+        return emission.launch(rule, grid, tiling.warps, tiling.stages, tiling.most_registers)
 
     def together(self, planned: Sequence[Planned]) -> list[Launch]:
         """Close functions that share a launch."""
