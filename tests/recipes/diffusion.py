@@ -26,7 +26,7 @@ class Shape:
 
 WHOLE = Shape()
 SMALL = Shape(2, 8)
-"""For Triton's interpreter: the same launches, fewer programs in each."""
+"""For Triton's interpreter, which runs one program after another."""
 
 
 def images(classes: Tensor, side: int, generator: torch.Generator) -> Tensor:
