@@ -19,8 +19,9 @@ def unpack(words, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr,
            TYPE: tl.constexpr = tl.float16):  # fmt: skip
     """Return 16 / BITS tensors UNIT q - ZERO of the codes q in words, in float16 or bfloat16."""
     found = ()
-    for n in tl.static_range(16 // BITS):
-        found = found + (code(words, n * BITS, BITS, UNIT, ZERO, TYPE),)  # noqa: RUF005  no Triton
+    for n in tl.static_range(16 // BITS):  # Triton knows no [*found, ...]
+        more = (code(words, n * BITS, BITS, UNIT, ZERO, TYPE),)
+        found = found + more  # type: ignore[assignment]
     return found
 
 
@@ -40,7 +41,8 @@ def unpack_halves(words, BITS: tl.constexpr, MAGNITUDE: tl.constexpr, PLACE: tl.
     """Return 16 / BITS tensors of the numbers that small floats are as bits of a float16."""
     found = ()
     for n in tl.static_range(16 // BITS):
-        found = found + (small(words, n * BITS, MAGNITUDE, PLACE, TYPE),)  # noqa: RUF005
+        more = (small(words, n * BITS, MAGNITUDE, PLACE, TYPE),)
+        found = found + more  # type: ignore[assignment]
     return found
 
 

@@ -395,6 +395,7 @@ class LinearLaunches:
             group,
             architectures,
             self.alone,
+            min(term.bits for term in terms if isinstance(term, Coded)),
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))
