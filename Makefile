@@ -30,7 +30,7 @@ demo: $(ENVIRONMENT) model
 	$(BIN)/python examples/demo.py $(MODEL) $(EVALUATION)
 
 test: lint model
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --durations=30
 
 test-gpu: $(ENVIRONMENT)
 	$(BIN)/python -m pytest tests/gpu

@@ -278,6 +278,13 @@ def test_the_command_fails_where_something_is_refused(
     assert isinstance(CheckReport("", "cpu", 1).to_dict(), dict)
 
 
+def test_a_gpu_that_nobody_measured_is_promised_nothing(canonical: CanonicalModel) -> None:
+    report = canonical.check("rocm:gfx942", "w4a16")
+    assert {row.kernel for row in report.rows} == {"linear_coded"}
+    assert not report.speedups
+    assert "no speed-up is promised" in str(report)
+
+
 def test_a_gpu_has_its_own_kernels_and_predictions(canonical: CanonicalModel) -> None:
     report = canonical.check("cuda:sm_80+sm_90", "w4a16")
     assert report.accepted

@@ -74,6 +74,8 @@ def check_graph(canonical: Graph, passes: Pipeline, target: Target, source: str)
         notes.append("reference interpreter, no speed-up")
     if target.gpu is not None and target.gpu.dtype == "bf16":
         notes.append("computes in bfloat16, sums in float32")
+    if target.device == "rocm":
+        notes.append("no kernel has run on a GPU of AMD's yet: no speed-up is promised")
     notes += small_float_notes(found.linears, target)
     return CheckReport(
         source,

@@ -20,8 +20,19 @@ from qc.passes.calibration.walk import sizes_of
 
 def divergence_of(reference: Tensor, logits: Tensor) -> float:
     """KL(reference || model) in nats a token, of logits [..., tokens, vocabulary]."""
-    log_p, log_q = (F.log_softmax(each.float(), -1) for each in (reference, logits))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp_min(0))
+    return distance_from(*probabilities_of(reference), logits)
+
+
+def probabilities_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p and p."""
+    log_p = F.log_softmax(logits.float(), -1)
+    return log_p, log_p.exp()
+
+
+def distance_from(log_p: Tensor, p: Tensor, logits: Tensor) -> float:
+    """Return the divergence of logits from what `probabilities_of` made of others."""
+    change = log_p - F.log_softmax(logits.float(), -1)
+    return float(change.mul_(p).sum(-1).mean().clamp_min(0))
 
 
 class SingleChanges:
@@ -34,7 +45,7 @@ class SingleChanges:
         self.sizes = sizes_of(graph, self.inputs)
         self.values: dict[Node, Any] = {}
         self.logits = graph.output("logits")
-        self.reference = self.compute({})
+        self.log_p, self.p = probabilities_of(self.compute({}))
 
     def compute(self, changed: Mapping[Node, Any]) -> Tensor:
         """Return the logits with other values of some nodes; the first call keeps all values."""
@@ -55,7 +66,7 @@ class SingleChanges:
             operands = [self.values[linear.inputs[0]], weight]
             operands += [self.values[bias] for bias in linear.inputs[2:]]
             changed[linear] = linear.op.meaning(*operands, sizes=self.sizes)
-        return divergence_of(self.reference, self.compute(changed))
+        return distance_from(self.log_p, self.p, self.compute(changed))
 
 
 def followers(graph: Graph, changed: Mapping[Node, Any]) -> Iterator[Node]:

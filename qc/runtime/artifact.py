@@ -31,6 +31,7 @@ from qc.runtime.manifest import (
     LIBRARY,
     MANIFEST,
     NATIVE,
+    ROCM,
     TORCH,
     WEIGHTS,
     KernelStep,
@@ -106,6 +107,10 @@ def compiled_program(folder: Path, manifest: Manifest) -> Program:
         from qc.runtime.cuda.executor import open_cuda_program
 
         return open_cuda_program(folder, manifest)
+    if manifest.executor == ROCM:
+        from qc.runtime.cuda.hip import open_hip_program
+
+        return open_hip_program(folder, manifest)
     return native_program(folder, manifest)
 
 

@@ -23,6 +23,8 @@ __all__ = [
     "LIBRARY",
     "MANIFEST",
     "NATIVE",
+    "ON_GPUS",
+    "ROCM",
     "TORCH",
     "WEIGHTS",
     "Binary",
@@ -45,7 +47,8 @@ __all__ = [
 FORMAT = 1
 """Raised by every change that an older reader would misread."""
 
-EXECUTORS = NATIVE, TORCH, CUDA = "native", "torch", "cuda"
+EXECUTORS = NATIVE, TORCH, CUDA, ROCM = "native", "torch", "cuda", "rocm"
+ON_GPUS = CUDA, ROCM
 
 MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "model.so"
 GOLDEN = "golden.safetensors"

@@ -17,11 +17,11 @@ from qc.runtime.expression import Expression, is_symbol_name, parse_expression
 from qc.runtime.manifest import (
     BOUND_BY_EXECUTOR,
     CONTEXT,
-    CUDA,
     DEFAULT_CHUNK,
     EXECUTORS,
     FORMAT,
     MANIFEST,
+    ON_GPUS,
     PAST,
     TORCH,
     Binary,
@@ -615,7 +615,7 @@ def _check_whole(manifest: Manifest) -> None:
         written.update(step.writes)
     if manifest.executor == TORCH and manifest.steps:
         raise ArtifactError(f"{MANIFEST}: the torch executor takes no steps")
-    if manifest.executor == CUDA:
+    if manifest.executor in ON_GPUS:
         for at, step in enumerate(manifest.steps):
             _check_launch(at, step, manifest.code)
     for index, value in enumerate(manifest.values):

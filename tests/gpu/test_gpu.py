@@ -88,3 +88,14 @@ def test_families(family: str, tmp_path: Path) -> None:
     pair = Pair(model, "w8a16", tmp_path / "model.qc")
     ids = torch.randint(0, families.VOCABULARY, (20,)).tolist()
     assert relative(pair.artifact(ids), pair.expected(ids)) <= 5e-3
+
+
+@pytest.mark.parametrize("family", families.ENCODERS)
+def test_encoders(family: str, tmp_path: Path) -> None:
+    """Whole inputs in one call: attention without a cache, and the convolution in front of images."""
+    model = families.build(family)
+    artifact = qc.compile(model, "cuda-w8a16", output=tmp_path / "model.qc")
+    given = families.inputs(family, 2, 21)
+    expected = next(iter(qc.trace(model).quantize("w8a16")(**given).values()))
+    assert not artifact.verify().wrong, str(artifact.verify())
+    assert relative(artifact(**given), expected) <= 5e-3

@@ -79,7 +79,7 @@ def test_the_gpu_form_computes_what_the_quantized_graph_means(
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SIZES)
 def test_the_gpu_form_is_machine_code(captured: CapturedModel, recipe: str, tmp_path: Path) -> None:
-    """Shared memory that the GPU has, parameters as they are passed, no spills in decoding."""
+    """Shared memory that the GPU has, parameters as they are passed, no spills."""
     data = Calibration(TEXT, num_calibration_samples=4, max_seq_length=32)
     quantized = captured.quantize(recipe, calibration=data, **SIZES[recipe])
     check_machine_code(lowering_of(quantized.graph, "cuda:sm_90"), "sm_90", tmp_path)

@@ -24,7 +24,7 @@ from qc.stages import CanonicalModel, QuantizedModel
 from tests.backends.triton.test_artifact import check_machine_code, lowering_of
 from tests.backends.triton.test_kernels import interpret
 from tests.needs import needs
-from tests.recipes.diffusion import noised, planted, taught
+from tests.recipes.diffusion import SMALL, WHOLE, Shape, noised, planted, taught
 
 ROUNDED = Pipeline(
     (*STORE_16, RoundToNearest(FORMAT, heads=False), RoundToNearest("f16"),
@@ -45,14 +45,13 @@ def with_rank(rank: int) -> Pipeline:
     return Pipeline(tuple(passes))
 
 
-def canonical(model: Any) -> CanonicalModel:
-    return qc.trace(model, noised(2, 1)[0]).canonicalize()
+def canonical(model: Any, shape: Shape = WHOLE) -> CanonicalModel:
+    return qc.trace(model, noised(2, 1, shape)[0]).canonicalize()
 
 
-def quantized(traced: CanonicalModel, passes: Pipeline) -> QuantizedModel:
-    return traced.quantize(
-        passes, calibration=Calibration([noised(4, 100 + n)[0] for n in range(16)])
-    )
+def quantized(traced: CanonicalModel, passes: Pipeline, shape: Shape = WHOLE) -> QuantizedModel:
+    data = Calibration([noised(4, 100 + n, shape)[0] for n in range(16)])
+    return traced.quantize(passes, calibration=data)
 
 
 @needs("diffusers")
@@ -104,5 +103,6 @@ def test_the_gpu_form_computes_what_the_graph_means(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", ["svdquant", "svdquant_a16"])
 def test_the_gpu_form_is_machine_code(recipe: str, tmp_path: Path) -> None:
     """Shared memory that the GPU has, parameters as they are passed, no spills for one row."""
-    found = quantized(canonical(planted()), Pipeline(RECIPES[recipe].passes))
+    traced = canonical(planted(SMALL), SMALL)
+    found = quantized(traced, Pipeline(RECIPES[recipe].passes), SMALL)
     check_machine_code(lowering_of(found.graph, "cuda:sm_90"), "sm_90", tmp_path)

@@ -39,40 +39,35 @@ SAMPLER = {"best": (*POINTERS, "i32"), "next": (*POINTERS, "pointer", "pointer",
 
 
 @cache
-def stub_driver() -> Path:
-    """Compile the driver, once."""
-    path = Path(mkdtemp(prefix="qc-stub-")) / "libcuda.so.1"
-    source = Path(__file__).with_name("stub_cuda.c")
+def stub_driver(name: str = "stub_cuda.c", soname: str = "libcuda.so.1", *options: str) -> Path:
+    """Compile a driver, once."""
+    path = Path(mkdtemp(prefix="qc-stub-")) / soname
+    source = Path(__file__).with_name(name)
     command = [
-        "cc",
-        "-std=gnu11",
-        "-Wall",
-        "-Werror",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        str(source),
-        "-Wl,-soname,libcuda.so.1",
-    ]  # what asks for it by name finds it once it is loaded
+        "cc", "-std=gnu11", "-Wall", "-Werror", "-O1", "-shared", "-fPIC", *options, str(source),
+        f"-Wl,-soname,{soname}",
+    ]  # fmt: skip  # what asks for it by name finds it once it is loaded
     subprocess.run([*command, "-o", str(path)], check=True)
     return path
 
 
-def stub() -> Any:
+def stub(path: Path | None = None) -> Any:
     """Return the driver's own side: what was launched, what is allocated."""
-    library = ctypes.CDLL(str(stub_driver()))
+    library = ctypes.CDLL(str(path or stub_driver()))
     library.stub_log.restype = ctypes.c_char_p
     library.stub_live_blocks.restype = ctypes.c_long
     return library
 
 
-def code(architectures: tuple[str, ...] = ("sm_90",), shared: int = 0) -> dict[str, Code]:
+def code(
+    architectures: tuple[str, ...] = ("sm_90",), shared: int = 0, overlaps: bool = True
+) -> dict[str, Code]:
     """Describe the kernels of the stub."""
     return {
         name: Code(
             name, 4, kinds,
             tuple(Binary(each, f"code/{each}/{name}.cubin", shared) for each in architectures),
-            overlaps=True,
+            overlaps=overlaps,
         )
         for name, kinds in {**PARAMETERS, **SAMPLER}.items()
     }  # fmt: skip

@@ -16,11 +16,10 @@ from qc.backends.triton.kernel import Cubin, Launch
 from qc.backends.triton.lower import GpuLowering
 from qc.backends.triton.rules import GPU_RULES
 from qc.backends.triton.sampling import sampler_launches
-from qc.errors import TargetError
 from qc.ir.graph import Graph
 from qc.ir.target import Target
 from qc.ir.threads import side_by_side
-from qc.runtime.manifest import CUDA, GOLDEN, Binary, Code, Manifest, TargetFacts
+from qc.runtime.manifest import CUDA, GOLDEN, ROCM, Binary, Code, Manifest, TargetFacts
 from qc.runtime.package import ArtifactWriter
 from qc.runtime.safetensors_file import write_safetensors
 
@@ -36,10 +35,6 @@ def write_gpu_artifact(
 ) -> None:
     """Lower, compile and write; nothing is left at `path` where a step fails."""
     assert target.gpu is not None
-    if target.device != "cuda":
-        raise TargetError(
-            f"kernels for {target} compile, and nothing runs them yet: an artifact is for cuda"
-        )
     with ArtifactWriter(path) as writer:
         progress("lower", 0.0)
         lowering = GpuLowering(graph, target, GPU_RULES)
@@ -91,7 +86,7 @@ def compile_all(
 
     def compile_one(item: tuple[str, str]) -> Cubin:
         name, architecture = item
-        return compile_launch(kernels[name], int(architecture.removeprefix("sm_")))
+        return compile_launch(kernels[name], numbered(architecture))
 
     for number, ((name, architecture), cubin) in enumerate(side_by_side(compile_one, wanted)):
         found[name][architecture] = cubin
@@ -99,30 +94,42 @@ def compile_all(
     return found
 
 
+def numbered(architecture: str) -> int | str:
+    """Return the number of NVIDIA's "sm_90", the name of AMD's "gfx942"."""
+    kind, _, number = architecture.partition("_")
+    return int(number) if kind == "sm" else architecture
+
+
 def code_of(
     kernels: Mapping[str, Launch], compiled: Compiled
 ) -> tuple[dict[str, Code], dict[str, bytes]]:
     """Return the manifest's description of machine code, and the files to put it in.
 
-    The oldest architecture's PTX is there for GPUs that come later.
+    The PTX of the oldest architecture, which is the first, is there for GPUs that come later.
     """
     described: dict[str, Code] = {}
     files: dict[str, bytes] = {}
     for name, launch in kernels.items():
         binaries = []
         for architecture, cubin in compiled[name].items():
-            file = f"code/{architecture}/{name}.cubin"
+            suffix = "cubin" if cubin.ptx else "hsaco"
+            file = f"code/{architecture}/{name}.{suffix}"
             files[file] = cubin.binary
             binaries.append(Binary(architecture, file, cubin.shared_bytes))
-        oldest = min(compiled[name].values(), key=lambda cubin: cubin.architecture)
-        if oldest.architecture < FEATURE_SPECIFIC:
+        oldest = next(iter(compiled[name].values()))
+        if isinstance(oldest.architecture, int) and oldest.architecture < FEATURE_SPECIFIC:
             file = f"code/ptx_{oldest.architecture}/{name}.ptx"
             files[file] = oldest.ptx.encode()
             binaries.append(Binary(f"ptx_{oldest.architecture}", file, oldest.shared_bytes))
         kinds = tuple("pointer" if kind.startswith("*") else kind for kind in oldest.parameters)
         constants = dict(launch.constants)
         described[name] = Code(
-            oldest.name, oldest.num_warps, kinds, tuple(binaries), constants, overlaps=True
+            oldest.name,
+            oldest.num_warps,
+            kinds,
+            tuple(binaries),
+            constants,
+            overlaps=isinstance(oldest.architecture, int),
         )
     return described, files
 
@@ -152,7 +159,7 @@ def manifest_of(
         generate=generation_facts(lowered.inputs, lowered.outputs, facts.eos, facts.bos, states),
         report={**facts.report, "on_torch": [], "kernels": len(lowered.kernels)},
         tokenizer=has_tokenizer,
-        executor=CUDA,
+        executor=ROCM if lowered.target.device == "rocm" else CUDA,
         code=code,
         golden=tuple(checks),
     )

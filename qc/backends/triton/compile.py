@@ -24,27 +24,31 @@ from triton.compiler import ASTSource
 from qc.backends.triton.emit import cache_folder, load_function
 from qc.backends.triton.kernel import FIRST_TO_OVERLAP, OVERLAP, Constant, Cubin, Launch
 
-WARP = 32
+WARP, WAVE = 32, 64
+"""Threads that run as one, on NVIDIA's GPUs and on AMD's."""
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def compile_launch(launch: Launch, architecture: int, folder: Path | None = None) -> Cubin:
-    """Compile for compute capability `architecture` (80, 90, ...), or read it from the cache."""
+def compile_launch(launch: Launch, architecture: int | str, folder: Path | None = None) -> Cubin:
+    """Compile for compute capability `architecture` (80, 90, ...) or for an AMD GPU ("gfx942"), or
+    read it from the cache."""
     function = load_function(launch.source, launch.function)
     key = cache_key(function, launch, architecture)
     stem = (folder or cache_folder() / "cubin") / key[:2] / key
     found = read_cubin(stem)
     if found is None:
-        older = None if launch.multiplies_small_floats else OLDER.get(architecture)
-        if older is None:
+        if isinstance(architecture, str):
+            found = build_for_amd(function, launch, architecture)
+        elif launch.multiplies_small_floats or architecture not in OLDER:
             found = build(function, launch, architecture)
         else:
-            found = assembled(compile_launch(launch, older, folder), architecture)
+            older = compile_launch(launch, OLDER[architecture], folder)
+            found = assembled(older, architecture)
         write_cubin(stem, found)
     return found
 
 
-def cache_key(function: Any, launch: Launch, architecture: int) -> str:
+def cache_key(function: Any, launch: Launch, architecture: int | str) -> str:
     """Hash everything that a compiled kernel depends on."""
     types = [(each.name, each.type) for each in launch.parameters]
     options = [
@@ -56,9 +60,9 @@ def cache_key(function: Any, launch: Launch, architecture: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def constants_for(launch: Launch, architecture: int) -> list[tuple[str, Constant]]:
+def constants_for(launch: Launch, architecture: int | str) -> list[tuple[str, Constant]]:
     """Return the constants of a function for an architecture."""
-    overlap = architecture >= FIRST_TO_OVERLAP
+    overlap = isinstance(architecture, int) and architecture >= FIRST_TO_OVERLAP
     return [(name, overlap if name == OVERLAP else value) for name, value in launch.constants]
 
 
@@ -68,9 +72,7 @@ def compiled(function: Any, launch: Launch, target: GPUTarget) -> Any:
     signature |= dict.fromkeys(dict(launch.constants), "constexpr")
     aligned = {(n,): ALIGNED for n, p in enumerate(launch.parameters) if p.type.startswith("*")}
     count = len(launch.parameters)
-    known = (
-        constants_for(launch, int(target.arch)) if target.backend == "cuda" else launch.constants
-    )
+    known = constants_for(launch, target.arch)
     constants = {(count + n,): value for n, (_, value) in enumerate(known)}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     options = {
@@ -107,17 +109,44 @@ def assembled(older: Cubin, architecture: int) -> Cubin:
 def build(function: Any, launch: Launch, architecture: int) -> Cubin:
     """Compile, and read what the binary says of itself."""
     kernel = compiled(function, launch, GPUTarget("cuda", architecture, WARP))
-    data = kernel.metadata
-    scratch = data.global_scratch_size + data.profile_scratch_size
-    if scratch or getattr(data, "tensordesc_meta", None):
-        raise ValueError(
-            f"{launch.rule} asks for {scratch} bytes of scratch, which no artifact has"
-        )
+    data = checked(launch, kernel.metadata)
     registers, spills = resources(kernel.asm["cubin"])
     return Cubin(
         data.name, architecture, kernel.asm["cubin"], kernel.asm["ptx"], data.shared,
         data.num_warps, tuple(each.type for each in launch.parameters), registers, spills,
     )  # fmt: skip
+
+
+def checked(launch: Launch, metadata: Any) -> Any:
+    """Return what Triton says of a kernel, unless it asks for what no launcher gives."""
+    scratch = metadata.global_scratch_size + metadata.profile_scratch_size
+    if scratch or getattr(metadata, "tensordesc_meta", None):
+        raise ValueError(
+            f"{launch.rule} asks for {scratch} bytes of scratch, which no artifact has"
+        )
+    return metadata
+
+
+def build_for_amd(function: Any, launch: Launch, architecture: str) -> Cubin:
+    """Compile for a GPU of AMD's, and read what the assembly says of itself."""
+    kernel = compiled(function, launch, GPUTarget("hip", architecture, WAVE))
+    data = checked(launch, kernel.metadata)
+    text = kernel.asm["amdgcn"]
+    registers, private = (
+        int(number_after(text, name)) for name in (".vgpr_count", ".private_segment_fixed_size")
+    )
+    return Cubin(
+        data.name, architecture, kernel.asm["hsaco"], "", data.shared, data.num_warps,
+        tuple(each.type for each in launch.parameters), registers, private,
+    )  # fmt: skip
+
+
+def number_after(text: str, name: str) -> str:
+    """Read a number off the metadata of AMD's assembly."""
+    found = re.search(rf"^ +{re.escape(name)}: +(\d+)$", text, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"the assembly names no {name}")
+    return found[1]
 
 
 def read_cubin(stem: Path) -> Cubin | None:

@@ -61,6 +61,8 @@ class Emission:
     """The parameters that are named in front of the join, once there is one."""
     dtype: torch.dtype = torch.float16
     """Of activations between kernels, and of what tensor cores multiply."""
+    unpacking: str = "fragments"
+    """The module of what unpacks codes: it is PTX, or "portable" for GPUs that have none."""
     begun: bool = False
     """A statement lets the launches around begin: it may stand behind loads of weights."""
 

@@ -218,6 +218,18 @@ def teach_bfloat16(builder: Any) -> None:
         setattr(builder, name, bound(cast, getattr(builder, name)))
 
 
+def index(tensor: Any) -> int:
+    """Return a number of the interpreter, which holds it as an array of one axis."""
+    return int(tensor.handle.data.item())
+
+
+def count_by_numbers(method: Callable[..., Any], tensor: Any, scope: Any) -> None:
+    """Patch a class of tensors as `method` does. Before Triton 3.7 a loop over such numbers
+    converted an array of one axis, which numpy refuses from 2.4 on."""
+    method(tensor, scope)
+    scope.set_attr(tensor, "__index__", index)
+
+
 def install() -> None:
     """Teach the interpreter inline PTX and bfloat16; RuntimeError where Triton was not told to
     interpret. A second call changes nothing."""
@@ -229,3 +241,5 @@ def install() -> None:
     if builder.__dict__.get("create_inline_asm") is not create_inline_asm:
         builder.create_inline_asm = create_inline_asm
         teach_bfloat16(builder)
+        patch = interpreter._patch_lang_tensor
+        interpreter._patch_lang_tensor = partial(count_by_numbers, patch)

@@ -131,10 +131,11 @@ HIDDEN_PARAMETERS = 2
 class Cubin:
     """A compiled kernel. `name` is its entry point; `parameters` are Triton's types in order,
     after which come `HIDDEN_PARAMETERS` null pointers. A block has 32 num_warps threads and
-    `shared_bytes` of dynamic shared memory. `registers` are a thread's, `spills` bytes of it."""
+    `shared_bytes` of dynamic shared memory. `registers` are a thread's, `spills` bytes of it. For
+    an AMD GPU ("gfx942") it is an hsaco, without PTX, and a block has 64 num_warps threads."""
 
     name: str
-    architecture: int
+    architecture: int | str
     binary: bytes
     ptx: str
     shared_bytes: int

@@ -11,7 +11,7 @@ from qc.runtime.cuda.sampling import BLOCK, SETTINGS
 
 BATCH = symbol("batch")
 WARPS = 16
-"""Of a row: four logits a thread at a time, and 8 sums of 64 bits for each."""
+"""Of a row: two logits a thread at a time, and 8 sums of 64 bits for each."""
 
 
 def sampler_launches(vocabulary: int) -> tuple[Launch, Launch]:
@@ -27,7 +27,7 @@ def sampler_launches(vocabulary: int) -> tuple[Launch, Launch]:
     first.do("sampling.largest", *places, vocabulary, BLOCK, blocks)
     second = Glue("next_token")
     places = [second.pointer(each, each.dtype) for each in (logits, values, ids, settings, chosen)]
-    second.do("sampling.choose", *places, vocabulary, BLOCK, blocks, power_of_two(blocks))
+    second.do("sampling.choose", *places, vocabulary, blocks, power_of_two(blocks))
     return (
         first.launch((Cells(blocks), Cells(BATCH))),
         second.launch((Cells(BATCH),), warps=WARPS),

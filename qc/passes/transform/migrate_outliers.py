@@ -67,21 +67,21 @@ def leading_part(values: Tensor, rank: int, seed: int = 0) -> Tensor:
 
 
 def pipeline_error(
-    x: Tensor, weights: Sequence[Tensor], scales: Tensor, rank: int, store: Round,
+    x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], scales: Tensor, rank: int, store: Round,
     activations: ActivationFormat | None,
 ) -> float:  # fmt: skip
-    """Return sum_W |x W^T - (Q(x/s) R^T + (x/s) L^T)|^2, L the leading part of W s and R what is
-    stored of the rest. SVDQuant, section 4."""
+    """Return sum_W |y - (Q(x/s) R^T + (x/s) L^T)|^2 for pairs of W and y = x W^T, L the leading
+    part of W s and R what is stored of the rest. SVDQuant, section 4."""
     narrowed = x / scales
     rounded = narrowed
     if activations is not None:
         rounded = quantize_activation(narrowed, activations).dequantize()
     error = 0.0
-    for weight in weights:
+    for weight, wanted in pairs:
         grown = weight * scales
         large = leading_part(grown, rank)
         found = rounded @ store(grown - large).T + narrowed @ large.T
-        error += float((found - x @ weight.T).square().sum(dtype=torch.float64))
+        error += float((found - wanted).square().sum(dtype=torch.float64))
     return error
 
 
@@ -133,6 +133,7 @@ class MigrateOutliers(ForFormat):
         format = parse_weights(self.format)
         weights = [values_of(linear) for linear in group.linears]
         spans = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+        pairs = [(w, x @ w.T) for w in weights]
 
         def store(values: Tensor) -> Tensor:
             return total(round_to_nearest(values, format))
@@ -142,8 +143,7 @@ class MigrateOutliers(ForFormat):
             return shared_mean(graph, group, logs).exp()
 
         def error(pair: tuple[float, float]) -> float:
-            return pipeline_error(
-                x, weights, scales_for(pair), self.rank, store, self.activations
-            )  # fmt: skip
+            scales = scales_for(pair)
+            return pipeline_error(x, pairs, scales, self.rank, store, self.activations)
 
         return scales_for(min(exponents(self.grid), key=error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,15 +77,34 @@ def smoothed_by(
 ) -> Graph:
     """Return the graph with all inputs of linears smoothed."""
     groups = changeable_groups(graph, targets)
+    scales = scales_by(graph, groups, ranges_of(graph, groups, calibration), alpha)
+    after = divided_by(graph, groups, scales)
+    keep_known(calibration, graph, after, scales)
+    return after
+
+
+def ranges_of(
+    graph: Graph, groups: Sequence[LinearGroup], calibration: Calibration
+) -> dict[Node, Tensor]:
+    """Return max|X| of what every group reads."""
     known = calibration.measure(graph, {group.x: (AbsMax(),) for group in groups})
-    scales = {g.x: scales_of(graph, g, known[g.x, AbsMax()], alpha) for g in groups}
+    return {group.x: known[group.x, AbsMax()] for group in groups}
+
+
+def scales_by(
+    graph: Graph, groups: Sequence[LinearGroup], ranges: Mapping[Node, Tensor], alpha: float
+) -> dict[Node, Tensor]:
+    """Return the scales of what every group reads."""
+    return {group.x: scales_of(graph, group, ranges[group.x], alpha) for group in groups}
+
+
+def divided_by(graph: Graph, groups: Sequence[LinearGroup], scales: Mapping[Node, Tensor]) -> Graph:
+    """Return the graph with inputs divided by scales that the weights take in."""
     replacements: dict[Node, Node] = {}
     for group in groups:
         changed = smoothed_together(group.linears, scales[group.x])
         replacements |= zip(group.linears, changed, strict=True)
-    after = substitute(graph, replacements)
-    keep_known(calibration, graph, after, scales)
-    return after
+    return substitute(graph, replacements)
 
 
 def scales_of(graph: Graph, group: LinearGroup, largest: Tensor, alpha: float) -> Tensor:
@@ -116,12 +135,14 @@ class SearchSmoothing(ForFormat):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         calibration = context.data(self)
+        groups = changeable_groups(graph, self.targets)
+        ranges = ranges_of(graph, groups, calibration)  # once: a smoothed graph takes them along
         few = first_sequences(calibration, self.samples)
         reference = outputs_of(graph, few, self.targets)
         losses: dict[float | None, float] = {None: self.loss(graph, few, reference)}
         for i in range(self.steps + 1):
             alpha = i / self.steps
-            smooth = smoothed_by(graph, calibration, alpha, self.targets)
+            smooth = divided_by(graph, groups, scales_by(graph, groups, ranges, alpha))
             losses[alpha] = self.loss(smooth, few, reference)
             context.progress(f"alpha {alpha:.2f}: loss {losses[alpha]:.4g}", alpha)
         best = min(losses, key=losses.__getitem__)

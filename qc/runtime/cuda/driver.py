@@ -7,10 +7,10 @@ the ABI versions that cuda.h has mapped the names to since CUDA 4.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from qc.errors import ArtifactError
 
@@ -101,29 +101,36 @@ _SINCE_CUDA_12 = frozenset({"cuLaunchKernelEx"})
 """What older drivers lack, and only GPUs that they do not know are asked to do."""
 
 
-def find_driver(library: str = LIBRARY) -> Driver:
-    """Return the driver of this machine with its first GPU.
+def find_driver(library: str | Sequence[str] = LIBRARY, kind: type[Driver] | None = None) -> Driver:
+    """Return the driver of this machine with its first GPU; of several names of its library, the
+    first that there is.
 
     ArtifactError, in one sentence, where there is none.
     """
-    try:
-        handle = ctypes.CDLL(library)
-    except OSError:
-        raise _no_gpu("no NVIDIA driver is installed") from None
-    driver = Driver(handle)
+    kind = kind or Driver
+    driver = kind(_open(library, kind.vendor))
     count = ctypes.c_int()
     if driver.refused("cuInit", 0) or driver.refused("cuDeviceGetCount", ctypes.byref(count)):
-        raise _no_gpu("its NVIDIA driver does not start")
+        raise _no_gpu(kind.vendor, f"its {kind.vendor} driver does not start")
     if count.value < 1:
-        raise _no_gpu("its NVIDIA driver sees no GPU")
+        raise _no_gpu(kind.vendor, f"its {kind.vendor} driver sees no GPU")
     driver.activate()
     return driver
 
 
-def _no_gpu(reason: str) -> ArtifactError:
+def _open(library: str | Sequence[str], vendor: str) -> ctypes.CDLL:
+    for name in (library,) if isinstance(library, str) else library:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise _no_gpu(vendor, f"no {vendor} driver is installed")
+
+
+def _no_gpu(vendor: str, reason: str) -> ArtifactError:
     return ArtifactError(
-        f"this artifact runs on an NVIDIA GPU, and this machine has none ({reason}): load it where "
-        "there is one, or compile the model for cpu"
+        f"this artifact runs on an {vendor} GPU, and this machine has none ({reason}): load it "
+        "where there is one, or compile the model for cpu"
     )
 
 
@@ -139,17 +146,29 @@ class Function:
 class Driver:
     """The first GPU, and one stream on which everything runs in order."""
 
+    vendor: ClassVar[str] = "NVIDIA"
+    wave: ClassVar[int] = 32
+    """Threads of a warp."""
+    symbols: ClassVar[Mapping[str, str]] = {name: name for name in _SIGNATURES}
+    """What the library calls a function; what is not there is never asked for."""
+    others: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Functions that take other arguments than CUDA's."""
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self._calls: dict[str, Any] = {}
-        for name, types in _SIGNATURES.items():
-            try:
-                call = getattr(library, name)
-            except AttributeError:
-                if name in _SINCE_CUDA_12:
-                    continue
-                raise _no_gpu(f"its driver lacks {name}") from None
-            call.argtypes, call.restype = types, ctypes.c_int
-            self._calls[name] = call
+        for name, symbol in self.symbols.items():
+            if name not in _SINCE_CUDA_12 or hasattr(library, symbol):
+                types = self.others.get(name, _SIGNATURES[name])
+                self._calls[name] = self.symbol(library, symbol, types)
+
+    def symbol(self, library: ctypes.CDLL, name: str, types: tuple[Any, ...]) -> Any:
+        """Return a function of the library. Raises ArtifactError where it lacks it."""
+        try:
+            call = getattr(library, name)
+        except AttributeError:
+            raise _no_gpu(self.vendor, f"its driver lacks {name}") from None
+        call.argtypes, call.restype = types, ctypes.c_int
+        return call
 
     # ---- calls
 
@@ -161,7 +180,7 @@ class Driver:
         """Call a function. Raises ArtifactError where it fails."""
         error = self.refused(name, *arguments)
         if error:
-            raise ArtifactError(f"the GPU refused {name}: {self.reason(error)}")
+            raise ArtifactError(f"the GPU refused {self.symbols[name]}: {self.reason(error)}")
 
     def reason(self, error: int) -> str:
         """Return what the driver says of an error."""
@@ -198,6 +217,21 @@ class Driver:
     def capability(self) -> int:
         """The compute capability: 90 for 9.0."""
         return 10 * self.attribute(_MAJOR) + self.attribute(_MINOR)
+
+    @property
+    def architecture(self) -> str:
+        """What the card's instruction set is called: "sm_90"."""
+        return f"sm_{self.capability}"
+
+    def rank(self, architecture: str) -> tuple[bool, int] | None:
+        """Say how well code for an architecture suits this GPU, the highest being the best: its
+        own, an older one's of the same generation, or what the driver translates. None: not."""
+        kind, _, number = architecture.rpartition("_")
+        built, here = int(number) if kind in ("sm", "ptx") else 0, self.capability
+        # From 9.0 on, machine code uses what only its own architecture has.
+        same = built == here or (built < 90 and built // 10 == here // 10 and built <= here)
+        fits = (kind == "sm" and same) or (kind == "ptx" and built <= here)
+        return (kind == "sm", built) if fits else None
 
     @cached_property
     def most_shared(self) -> int:
@@ -240,9 +274,13 @@ class Driver:
         module, function = Handle(), Handle()
         self.call("cuModuleLoadData", ctypes.byref(module), image)
         self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        self._allow_shared(function, shared)
+        return Function(function, threads, shared)
+
+    def _allow_shared(self, function: Handle, shared: int) -> None:
+        """Let the launches of a kernel have so much shared memory."""
         if shared > _STATIC_LIMIT:
             self.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
-        return Function(function, threads, shared)
 
     def launch(self, function: Function, grid: Sequence[int], arguments: Any) -> None:
         """Put a launch on the stream; `arguments` is an array of addresses of the arguments."""

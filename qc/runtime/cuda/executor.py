@@ -45,7 +45,6 @@ from qc.runtime.safetensors_file import SafetensorsFile
 
 __all__ = ["TURNS", "CudaExecutor", "CudaProgram", "open_cuda_program"]
 
-_WARP = 32
 SLOT = 16
 """Bytes from one size in memory to the next: kernels count on addresses that are multiples."""
 TURNS = ".turns"
@@ -64,8 +63,9 @@ def open_cuda_program(folder: Path, manifest: Manifest) -> CudaProgram:
 class CudaProgram(Program):
     """Hold what was loaded and never changes."""
 
-    library_name = LIBRARY
-    """The driver to load."""
+    library_name: str | Sequence[str] = LIBRARY
+    """The driver to load: the first that there is."""
+    driver: type[Driver] = Driver
 
     def __init__(
         self, folder: Path, manifest: Manifest, weights: Mapping[str, NDArray[Any]]
@@ -85,7 +85,7 @@ class CudaProgram(Program):
 
     @cached_property
     def _device(self) -> Device:
-        driver = find_driver(self.library_name)
+        driver = find_driver(self.library_name, self.driver)
         images: dict[str, bytes] = {}
         chosen = {
             name: fitting_binary(driver, name, code) for name, code in self.manifest.code.items()
@@ -150,28 +150,24 @@ def load_code(
         except OSError as error:
             raise ArtifactError(f"cannot read {folder / binary.file}: {error.strerror}") from None
     image = images[binary.file] + b"\0"  # PTX is a text that ends so; other code says its length
-    return driver.load_function(image, code.function, _WARP * code.warps, binary.shared)
+    return driver.load_function(image, code.function, driver.wave * code.warps, binary.shared)
 
 
 def fitting_binary(driver: Driver, name: str, code: Code) -> Binary:
     """Return the code of a kernel for this GPU: its own architecture's, an older one's of the same
     generation, or what the driver translates. Raises ArtifactError."""
-    here = driver.capability
-    ranked = []
-    for binary in code.binaries:
-        kind, _, number = binary.architecture.rpartition("_")
-        built = int(number) if kind in ("sm", "ptx") else 0
-        # From 9.0 on, machine code uses what only its own architecture has.
-        same = built == here or (built < 90 and built // 10 == here // 10 and built <= here)
-        if binary.shared <= driver.most_shared and (
-            (kind == "sm" and same) or (kind == "ptx" and built <= here)
-        ):
-            ranked.append(((kind == "sm", built), binary))
+    ranked = [
+        (rank, binary)
+        for binary in code.binaries
+        if binary.shared <= driver.most_shared
+        and (rank := driver.rank(binary.architecture)) is not None
+    ]
     if not ranked:
         known = ", ".join(binary.architecture for binary in code.binaries) or "nothing"
         raise ArtifactError(
             f"the kernel {name} was compiled for {known}; the GPU here ({driver.name}) is "
-            f"sm_{here}: compile the model for cuda:sm_{here}"
+            f"{driver.architecture}: compile the model for "
+            f"{'cuda' if driver.vendor == 'NVIDIA' else 'rocm'}:{driver.architecture}"
         )
     return max(ranked, key=lambda each: each[0])[1]
 

@@ -6,15 +6,18 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import tvm
+from tvm.tirx import get_tir_pipeline
+from tvm.tirx.build import codegen_build
 
 from qc.backends.device.toolchain import RUNTIME, toolchain_for
-from qc.backends.tvm.build import compile_kernels
+from qc.backends.tvm.build import UNNEEDED_PASSES, llvm_target
 from qc.backends.tvm.kernel import Kernel
 from qc.ir.target import Target
 from tests.needs import QEMU
@@ -29,25 +32,46 @@ def emulator(*options: str) -> list[str]:
     return [program, "-cpu", "max", *options]
 
 
-class CrossModule:
-    """Kernels k0, k1, ... in a process of the other machine."""
+def compile_for_each(kernels: Mapping[str, Kernel], targets: Sequence[Target]) -> list[Any]:
+    """Compile the same kernels for several targets: what `compile_kernels` makes for each.
 
-    def __init__(self, kernels: Sequence[Kernel], target: Target) -> None:
+    TVM's passes take longer than LLVM, and targets that differ in features are one to them.
+    """
+    first = llvm_target(targets[0])
+    functions = {
+        name: kernel.function.with_attr("global_symbol", name) for name, kernel in kernels.items()
+    }
+    module = tvm.IRModule(functions).with_attr("system_lib_prefix", "qc_")
+    passes, finish, _ = get_tir_pipeline("default")
+    with tvm.transform.PassContext(disabled_pass=list(UNNEEDED_PASSES)):
+        bound = tvm.tirx.transform.BindTarget(first.with_host(first))(module)
+        lowered = finish()(passes(bound))
+    found = []
+    for target in map(llvm_target, targets):
+        own = {name: f.with_attr("target", target) for name, f in lowered.functions.items()}
+        found.append(codegen_build(tvm.IRModule(own, attrs=lowered.attrs), target))
+    return found
+
+
+class CrossModule:
+    """Kernels k0, k1, ... in a process of the other machine, from modules that TVM compiled."""
+
+    def __init__(self, names: Sequence[str], compiled: Sequence[Any], target: Target) -> None:
         self.folder = tempfile.TemporaryDirectory()
         place = Path(self.folder.name)
-        named = {f"k{number}": kernel for number, kernel in enumerate(kernels)}
-        self.names = list(named)
-        compile_kernels(named, target).write_to_file(str(place / "kernels.o"), "o")
+        self.names = list(names)
+        objects = [place / f"kernels{number}.o" for number in range(len(compiled))]
+        for module, path in zip(compiled, objects, strict=True):
+            module.write_to_file(str(path), "o")
         tools = toolchain_for(target.machine)
         table = place / "table.c"
-        declared = [f"int __tvm_ffi_{n}(void *, const qc_any *, int32_t, qc_any *);" for n in named]
-        entries = ", ".join(f"__tvm_ffi_{name}" for name in named)
+        declared = [f"int __tvm_ffi_{n}(void *, const qc_any *, int32_t, qc_any *);" for n in names]
+        entries = ", ".join(f"__tvm_ffi_{name}" for name in names)
         table.write_text(
             "\n".join(
                 ['#include "qcrt.h"', *declared, f"const qc_kernel kernels[] = {{{entries}}};"]
             )
         )
-        objects = [place / "kernels.o"]
         for source in (table, SERVER, RUNTIME / "native" / "qcrt.c"):
             objects.append(place / f"{source.stem}.o")
             tools.compile(source, objects[-1], [RUNTIME / "native"], ())

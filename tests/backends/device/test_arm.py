@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import qc
+from qc.backends.tvm.build import compile_kernels
 from qc.backends.tvm.kernel import Kernel
 from qc.backends.tvm.linear import rule
 from qc.ir.target import ARMS, Target
 from qc.ir.weights.catalog import example_formats
-from tests.backends.device.cross import CrossModule, emulator
+from tests.backends.device.cross import CrossModule, compile_for_each, emulator
 from tests.backends.device.packages import package
 from tests.backends.tvm.linear import test_bit_serial, test_int8_dot
 from tests.backends.tvm.linear.cases import G32, Case, buffers, compile_cases, term
@@ -65,6 +66,26 @@ def kernels_of(cases: Sequence[Case], sets: Sequence[str]) -> dict[str, list[Ker
     return found
 
 
+def programs_of(kernels: Mapping[str, Sequence[Kernel]]) -> dict[str, CrossModule]:
+    """Return a program for each set. What is one kernel to all sets is compiled together."""
+    sets, count = list(kernels), len(next(iter(kernels.values())))
+    every = {
+        f"k{number}": {name: kernels[name][number] for name in sets} for number in range(count)
+    }
+    shared = {name for name, of in every.items() if len({id(each) for each in of.values()}) == 1}
+    firsts = {name: every[name][sets[0]] for name in every if name in shared}
+    modules: dict[str, list[Any]] = {name: [] for name in sets}
+    if firsts:
+        together = compile_for_each(firsts, [ARMS[name] for name in sets])
+        for of, module in zip(modules.values(), together, strict=True):
+            of.append(module)
+    for name, of in modules.items():
+        own = {each: kernel[name] for each, kernel in every.items() if each not in shared}
+        if own:
+            of.append(compile_kernels(own, ARMS[name]))
+    return {name: CrossModule(list(every), of, ARMS[name]) for name, of in modules.items()}
+
+
 def relative_error(
     kernel: Kernel, call: Callable[..., None], values: Sequence[Any], expected: Tensor
 ) -> float:
@@ -78,7 +99,7 @@ def relative_error(
 def assert_right(cases: Sequence[Case], sets: Sequence[str], rows: Sequence[int]) -> None:
     """Check all cases on every set; its kernels are in one program."""
     kernels = kernels_of(cases, sets)
-    modules = {name: CrossModule(kernels[name], ARMS[name]) for name in sets}
+    modules = programs_of(kernels)
     wrong = []
     for number, case in enumerate(cases):
         for values in map(case.values, rows):
@@ -141,6 +162,18 @@ def test_what_depends_on_the_instruction_set_is_lowered_for_each() -> None:
     integers, floats = zip(*kernels.values(), strict=True)
     assert len({kernel.function.script() for kernel in integers}) == len(SETS)
     assert len({id(kernel) for kernel in floats}) == 1
+
+
+def test_kernels_compiled_for_all_sets_together_are_those_of_each(tmp_path: Path) -> None:
+    (kernel,) = compile_cases(rule.linear_rule, [Case(32, 64, (term("e2m1·g32"),))], ARMS[SETS[0]])
+    targets = [ARMS[name] for name in SETS]
+    together = compile_for_each({"k0": kernel}, targets)
+    alone = [compile_kernels({"k0": kernel}, target) for target in targets]
+    found = []
+    for number, module in enumerate([*together, *alone]):
+        module.write_to_file(str(tmp_path / f"{number}.o"), "o")
+        found.append((tmp_path / f"{number}.o").read_bytes())
+    assert found[: len(SETS)] == found[len(SETS) :]
 
 
 @pytest.mark.slow

@@ -66,7 +66,8 @@ class Case:
     @property
     def target(self) -> Target:
         """The machine."""
-        found = computing(parse_machine(f"cuda:{self.architecture}"), self.dtype)
+        device = "rocm" if self.architecture.startswith("gfx") else "cuda"
+        found = computing(parse_machine(f"{device}:{self.architecture}"), self.dtype)
         if self.multiprocessors is None or found.gpu is None:
             return found
         return replace(found, gpu=replace(found.gpu, multiprocessors=self.multiprocessors))

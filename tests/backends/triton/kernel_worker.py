@@ -105,12 +105,13 @@ def calibrated(recipe: str, folder: str, sizes: str) -> dict[str, float]:
 
 def diffusion(recipe: str) -> dict[str, float]:
     """Run a diffusion transformer with planted outliers, after calibration on noised images."""
-    from tests.recipes.diffusion import noised, planted
+    from tests.recipes.diffusion import SMALL, noised, planted
 
-    data = Calibration([noised(4, 100 + n)[0] for n in range(16)])
-    quantized = qc.trace(planted(), noised(2, 1)[0]).quantize(recipe, calibration=data)
+    data = Calibration([noised(4, 100 + n, SMALL)[0] for n in range(4)])
+    captured = qc.trace(planted(SMALL), noised(2, 1, SMALL)[0])
+    quantized = captured.quantize(recipe, calibration=data)
     running, errors = interpreted_model(quantized)
-    given, _ = noised(2, 999)
+    given, _ = noised(2, 999, SMALL)
     expected = quantized(**given)["sample"]
     found = running.artifact()(**{name: value.numpy() for name, value in given.items()})
     return {**errors, "sample": interpreted.relative(found, expected)}

@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 
-from qc.backends.triton.device import bfloat16
-from qc.backends.triton.device.fragments import conversion, half_pair, small_floats
+from qc.backends.triton.device.fragments import (
+    conversion,
+    conversion_to,
+    half_pair,
+    small_floats_to,
+)
 from qc.backends.triton.device.streams import conversion_of_pairs
 from qc.backends.triton.interpret import halves, install, lop3, narrowed, run_ptx, widened
 
@@ -66,7 +71,7 @@ def brain_pairs(words: np.ndarray) -> np.ndarray:
 )
 def test_a_conversion_to_bfloat16_gives_every_code_exactly(bits: int, unit: int, zero: int) -> None:
     words = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
-    found = run_ptx(bfloat16.conversion(bits, unit, zero), [words], 16 // bits)
+    found = run_ptx(conversion_to(tl.bfloat16, bits, unit, zero), [words], 16 // bits)
     for number, register in enumerate(found):
         for lane in (0, 1):
             codes = (words >> np.uint32(16 * lane + bits * number)) & np.uint32((1 << bits) - 1)
@@ -84,18 +89,18 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("conversion", "pairs"), [(small_floats, halves), (bfloat16.small_floats, brain_pairs)]
+    ("type", "pairs"), [(tl.float16, halves), (tl.bfloat16, brain_pairs)], ids=str
 )
 @pytest.mark.parametrize(
     ("bits", "place", "scale", "dtype"),
     [(8, 7, 256.0, torch.float8_e4m3fn), (8, 8, 1.0, torch.float8_e5m2), (4, 9, 16384.0, None)],
 )
 def test_small_floats_become_halves_bit_for_bit(
-    conversion: Callable[[int, int, int], str], pairs: Callable[[Any], Any], bits: int,
-    place: int, scale: float, dtype: torch.dtype | None,
+    type: Any, pairs: Callable[[Any], Any], bits: int, place: int, scale: float,
+    dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
     words = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
-    found = run_ptx(conversion(bits, bits - 1, place), [words], 16 // bits)
+    found = run_ptx(small_floats_to(type, bits, bits - 1, place), [words], 16 // bits)
     e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     for number, register in enumerate(found):
         for lane in (0, 1):

@@ -33,6 +33,14 @@ def in_bfloat16(case: Case) -> Case:
     return replace(case, dtype="bf16")
 
 
+PORTABLE = (
+    *(replace(case, architecture="gfx942") for case in (SUMS[3], SUMS[2], *BRAINS)),
+    Case("int4·g128", 64, 512, 2, 256, architecture="gfx942"),
+    replace(FP8[0], architecture="gfx942"),
+)
+"""Codes that are unpacked without PTX, for GPUs of AMD's."""
+
+
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Interpreter]:
     found = Interpreter()
@@ -49,6 +57,27 @@ def test_a_sum_of_terms_is_right_in_the_interpreter(case: Case, interpreter: Int
 def test_a_sum_of_terms_is_right_in_bfloat16(case: Case, interpreter: Interpreter) -> None:
     error = interpreter.error(case)
     assert 1e-4 < error <= BRAIN_TOLERANCE  # as exact as float16, it would be float16
+
+
+@pytest.mark.parametrize("case", PORTABLE[::2], ids=str)
+def test_a_sum_of_terms_is_right_without_ptx(case: Case, interpreter: Interpreter) -> None:
+    assert interpreter.error(case) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*PORTABLE[1::2], *map(in_bfloat16, PORTABLE)], ids=str)
+def test_codes_are_right_without_ptx(case: Case, interpreter: Interpreter) -> None:
+    assert interpreter.error(case) <= (BRAIN_TOLERANCE if case.dtype == "bf16" else TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*examples()[::3], *SUMS[::2]], ids=str)
+def test_formats_compile_for_amd(case: Case) -> None:
+    amd = replace(case, architecture="gfx942")
+    call = call_of(amd.node(values=False), amd.target)
+    for launch in {each for variant in call.variants for each in variant.launches}:
+        assert "unpack(" not in launch.source.replace("portable.unpack(", "")
+        assert compile_launch(launch, "gfx942").shared_bytes <= 65_536
 
 
 @pytest.mark.slow

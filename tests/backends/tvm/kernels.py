@@ -11,6 +11,7 @@ import tvm
 from torch import Tensor
 
 from qc.backends.region import RESULT, ArrayArgument, Region, SizeArgument
+from qc.backends.tvm.build import UNNEEDED_PASSES
 from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.ir.fused import Fused, fuse
 from qc.ir.meaning import evaluate_nodes
@@ -81,7 +82,8 @@ def compiled(kernels: Sequence[Kernel], target: Target = HERE) -> Any:
         for i, kernel in enumerate(kernels)
     }
     machine = tvm.target.Target({"kind": "llvm", "mcpu": target.llvm_cpu})
-    return tvm.compile(tvm.IRModule(functions), target=machine)
+    with tvm.transform.PassContext(disabled_pass=list(UNNEEDED_PASSES)):
+        return tvm.compile(tvm.IRModule(functions), target=machine)
 
 
 def check(cases: Sequence[Case], rules: Sequence[KernelRule]) -> list[Kernel]:

@@ -12,6 +12,7 @@ from qc.ir.graph import Graph
 from qc.ir.node import Node
 from qc.ir.weights.notation import parse_term
 from qc.passes.calibration import Hessian
+from qc.passes.calibration.walk import Walk
 from qc.passes.exactness import relative_difference
 from qc.passes.pipeline import Pass
 from qc.passes.quantize.round_to_nearest import RoundToNearest
@@ -25,13 +26,14 @@ from qc.passes.transform.clip_weights import (
     search_clipping,
 )
 from qc.passes.transform.fold_scales import FoldScales
+from qc.passes.transform.migrate_outliers import MigrateOutliers
 from qc.passes.transform.smooth_activations import (
     SearchSmoothing,
     SmoothActivations,
     migration_scales,
 )
 from tests.families import DECODERS
-from tests.passes.calibration.tiny import calibration, canonical, context
+from tests.passes.calibration.tiny import SEQUENCES, calibration, canonical, context
 from tests.passes.lift.drawing import apply
 
 FORMAT = "int3·g16·zero"
@@ -154,6 +156,33 @@ def test_one_alpha_for_the_whole_model() -> None:
     plain = search.loss(before, first(search), reference)
     chosen = search.loss(after, first(search), reference)
     assert chosen == pytest.approx(min(plain, *losses.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (SearchSmoothing(FORMAT, steps=4, samples=2), FoldScales()),
+        (AwqScales(FORMAT, grid=4), FoldScales(), ClipWeights(FORMAT)),
+        (MigrateOutliers("int4·g16", 4, grid=3), FoldScales()),
+    ],
+    ids=lambda passes: passes[0].name,
+)
+def test_the_model_runs_over_all_data_once(
+    passes: tuple[Pass, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many candidates a search compares: a walk takes minutes."""
+    walked: list[int] = []
+    plain = Walk.__init__
+
+    def counting(self: Walk, graph: Graph, batches: list[object], *rest: object) -> None:
+        walked.append(sum(next(iter(b.values())).shape[0] for b in batches))  # type: ignore[attr-defined]
+        plain(self, graph, batches, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Walk, "__init__", counting)
+    graph, data = canonical(), context()
+    for one in passes:
+        graph = one.run(graph, data)
+    assert walked.count(SEQUENCES) == 1
 
 
 def search_outputs(graph: Graph, search: SearchSmoothing) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Codes in the order of fragments.py, unpacked to bfloat16 instead of float16.
+"""PTX that unpacks codes in the order of fragments.py to bfloat16 instead of float16.
 
 A bfloat16 has 8 significant bits: 128 + q holds q below 128, so wider codes come in two halves, and
 all of q - zero within -256 .. 256 is exact.
@@ -7,9 +7,6 @@ all of q - zero within -256 .. 256 is exact.
 from __future__ import annotations
 
 import triton
-import triton.language as tl
-
-from qc.backends.triton.device.fragments import registers
 
 
 @triton.constexpr_function
@@ -24,8 +21,9 @@ def is_brain(value):
 
 
 @triton.constexpr_function
-def brain_pair(value):
-    """Return a bfloat16 twice, as the number of a 32-bit register."""
+def number_pair(value, bias, digits):
+    """Return a float of 16 bits twice, as the number of a 32-bit register: the exponent's bias, the
+    bits of the mantissa."""
     if value == 0:
         return "0x00000000"
     size, exponent = abs(value), 0
@@ -33,8 +31,15 @@ def brain_pair(value):
         size, exponent = size / 2, exponent + 1
     while size < 1:
         size, exponent = size * 2, exponent - 1
-    bits = (int(value < 0) << 15) | ((exponent + 127) << 7) | int((size - 1) * 128)
+    mantissa = int((size - 1) * (1 << digits))
+    bits = (int(value < 0) << 15) | ((exponent + bias) << digits) | mantissa
     return f"0x{bits:04x}{bits:04x}"
+
+
+@triton.constexpr_function
+def brain_pair(value):
+    """Return a bfloat16 twice, as the number of a 32-bit register."""
+    return number_pair(value, 127, 7)
 
 
 @triton.constexpr_function
@@ -94,67 +99,11 @@ def wide_conversion(unit, zero):
 
 
 @triton.constexpr_function
-def small_floats(bits, magnitude, place):
-    """Return PTX that turns two words of small floats into 16 / bits pairs of bfloat16, equal to
-    the float16 that the code's bits are at `place`: 3 places lower a bfloat16 2^-112 times it."""
-    count, place = 16 // bits, place - 3
-    mask = ((1 << magnitude) - 1) << place
+def scaled(count, factor):
+    """Return PTX that multiplies `count` results by a factor."""
     lines = [
-        ".reg .b32 sign, moved, raw, scale, none;", f"mov.b32 scale, {brain_pair(2.0**112)};",
+        ".reg .b32 scale, none;", f"mov.b32 scale, {brain_pair(factor)};",
         "mov.b32 none, 0x80008000;",
     ]  # fmt: skip
-    for number in range(count):
-        first = number * bits
-        source = "moved"
-        if place > first:
-            lines.append(f"shl.b32 moved, ${count}, {place - first};")
-        elif place < first:
-            lines.append(f"shr.u32 moved, ${count}, {first - place};")
-        else:
-            source = f"${count}"
-        lines.append(f"shl.b32 sign, ${count}, {15 - first - magnitude};")
-        lines.append("and.b32 sign, sign, 0x80008000;")
-        lines.append(f"lop3.b32 raw, {source}, 0x{mask:04x}{mask:04x}, sign, 0xea;")
-        lines.append(f"fma.rn.bf16x2 ${number}, raw, scale, none;")
-    return "{ " + " ".join(lines) + " }"
-
-
-@triton.jit
-def converted(words, ASM: tl.constexpr, BITS: tl.constexpr):
-    """Return the 16 / BITS tensors that PTX makes of words."""
-    IN: tl.constexpr = registers(BITS)
-    if BITS == 8:
-        codes = tl.inline_asm_elementwise(ASM, IN, [words], (tl.bfloat16, tl.bfloat16), True, 2)
-    elif BITS == 4:
-        codes = tl.inline_asm_elementwise(
-            ASM, IN, [words], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2
-        )
-    elif BITS == 2:
-        codes = tl.inline_asm_elementwise(
-            ASM, IN, [words],
-            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-             tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
-        )  # fmt: skip
-    else:
-        codes = tl.inline_asm_elementwise(
-            ASM, IN, [words],
-            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-             tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-             tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-             tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
-        )  # fmt: skip
-    return codes
-
-
-@triton.jit
-def unpack(words, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr):
-    """Return 16 / BITS tensors bfloat16 UNIT q - ZERO of the codes q in words."""
-    ASM: tl.constexpr = conversion(BITS, UNIT, ZERO)
-    return converted(words, ASM, BITS)
-
-
-@triton.jit
-def unpack_halves(words, BITS: tl.constexpr, MAGNITUDE: tl.constexpr, PLACE: tl.constexpr):
-    """Return 16 / BITS tensors of the numbers that small floats are as bits of a float16."""
-    ASM: tl.constexpr = small_floats(BITS, MAGNITUDE, PLACE)
-    return converted(words, ASM, BITS)
+    lines += [f"fma.rn.bf16x2 ${number}, ${number}, scale, none;" for number in range(count)]
+    return " ".join(lines)

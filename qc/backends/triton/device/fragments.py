@@ -13,19 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qc.backends.triton.device import bfloat16
+
 
 @triton.constexpr_function
 def half_pair(value):
     """Return a float16 twice, as the number of a 32-bit register."""
-    if value == 0:
-        return "0x00000000"
-    size, exponent = abs(value), 0
-    while size >= 2:
-        size, exponent = size / 2, exponent + 1
-    while size < 1:
-        size, exponent = size * 2, exponent - 1
-    bits = (int(value < 0) << 15) | ((exponent + 15) << 10) | int((size - 1) * 1024)
-    return f"0x{bits:04x}{bits:04x}"
+    return bfloat16.number_pair(value, 15, 10)
 
 
 @triton.constexpr_function
@@ -78,18 +72,22 @@ def small_floats(bits, magnitude, place):
     return "{ " + " ".join(lines) + " }"
 
 
-@triton.jit
-def unpack_halves(words, BITS: tl.constexpr, MAGNITUDE: tl.constexpr, PLACE: tl.constexpr):
-    """Return 16 / BITS tensors of the float16 whose bits small floats are."""
-    ASM: tl.constexpr = small_floats(BITS, MAGNITUDE, PLACE)
-    IN: tl.constexpr = registers(BITS)
-    if BITS == 8:
-        found = tl.inline_asm_elementwise(ASM, IN, [words], (tl.float16, tl.float16), True, 2)
-    else:
-        found = tl.inline_asm_elementwise(
-            ASM, IN, [words], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
-        )
-    return found
+@triton.constexpr_function
+def small_floats_to(type, bits, magnitude, place):
+    """Return PTX that turns small floats into pairs of float16, or of the bfloat16 of the same
+    value: 3 places lower, the code's bits are 2^-112 times it."""
+    if type != tl.bfloat16:
+        return small_floats(bits, magnitude, place)
+    moved = small_floats(bits, magnitude, place - 3)
+    return "{ " + moved + " " + bfloat16.scaled(16 // bits, 2.0**112) + " }"
+
+
+@triton.constexpr_function
+def conversion_to(type, bits, unit, zero):
+    """Return PTX that turns codes into pairs of float16 or of bfloat16."""
+    if type == tl.bfloat16:
+        return bfloat16.conversion(bits, unit, zero)
+    return conversion(bits, unit, zero)
 
 
 @triton.constexpr_function
@@ -98,32 +96,30 @@ def registers(bits):
     return ",".join(["=r"] * (16 // bits) + ["r"])
 
 
+@triton.constexpr_function
+def types(bits, type):
+    """Return the types of the results of a conversion."""
+    return (type,) * (16 // bits)
+
+
 @triton.jit
-def unpack(words, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr):
-    """Return 16 / BITS tensors float16 UNIT q - ZERO of the codes q in words."""
-    ASM: tl.constexpr = conversion(BITS, UNIT, ZERO)
+def unpack_halves(words, BITS: tl.constexpr, MAGNITUDE: tl.constexpr, PLACE: tl.constexpr,
+                  TYPE: tl.constexpr = tl.float16):  # fmt: skip
+    """Return 16 / BITS tensors of the numbers that small floats are as bits of a float16."""
     IN: tl.constexpr = registers(BITS)
-    if BITS == 8:
-        codes = tl.inline_asm_elementwise(ASM, IN, [words], (tl.float16, tl.float16), True, 2)
-    elif BITS == 4:
-        codes = tl.inline_asm_elementwise(
-            ASM, IN, [words], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
-        )
-    elif BITS == 2:
-        codes = tl.inline_asm_elementwise(
-            ASM, IN, [words],
-            (tl.float16, tl.float16, tl.float16, tl.float16,
-             tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
-        )  # fmt: skip
-    else:
-        codes = tl.inline_asm_elementwise(
-            ASM, IN, [words],
-            (tl.float16, tl.float16, tl.float16, tl.float16,
-             tl.float16, tl.float16, tl.float16, tl.float16,
-             tl.float16, tl.float16, tl.float16, tl.float16,
-             tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
-        )  # fmt: skip
-    return codes
+    OUT: tl.constexpr = types(BITS, TYPE)
+    ASM: tl.constexpr = small_floats_to(TYPE, BITS, MAGNITUDE, PLACE)
+    return tl.inline_asm_elementwise(ASM, IN, [words], OUT, True, 2)
+
+
+@triton.jit
+def unpack(words, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr,
+           TYPE: tl.constexpr = tl.float16):  # fmt: skip
+    """Return 16 / BITS tensors UNIT q - ZERO of the codes q in words, in float16 or bfloat16."""
+    IN: tl.constexpr = registers(BITS)
+    OUT: tl.constexpr = types(BITS, TYPE)
+    ASM: tl.constexpr = conversion_to(TYPE, BITS, UNIT, ZERO)
+    return tl.inline_asm_elementwise(ASM, IN, [words], OUT, True, 2)
 
 
 @triton.jit

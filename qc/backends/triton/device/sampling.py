@@ -21,6 +21,10 @@ PASSES = tl.constexpr(10)
 """FAN_BITS PASSES bits are more than FARTHEST has."""
 
 
+SCANNED = tl.constexpr(1024)
+"""Logits of a step of such a pass: of more, the sums of 64 bits leave the registers."""
+
+
 @triton.jit
 def largest(logits, values, ids, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
             BLOCKS: tl.constexpr):  # fmt: skip
@@ -153,8 +157,8 @@ def drawn(logits, row, best, sharpness, last, equals, wanted, VOCABULARY: tl.con
 
 
 @triton.jit
-def choose(logits, values, ids, settings, chosen, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
-           BLOCKS: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+def choose(logits, values, ids, settings, chosen, VOCABULARY: tl.constexpr, BLOCKS: tl.constexpr,
+           PADDED: tl.constexpr):  # fmt: skip
     """Write the token of a row: the best one, or one that is drawn from the top_k likeliest, and
     of those from the fewest that hold a share top_p. settings [rows, 4]: see runtime/sampling.py.
     """
@@ -169,18 +173,18 @@ def choose(logits, values, ids, settings, chosen, VOCABULARY: tl.constexpr, BLOC
         equals = tl.cast(0, tl.int64)
         if (top_k > 0) & (top_k < VOCABULARY):
             last, nearer = threshold(logits, row, best, sharpness, top_k.to(tl.int64), VOCABULARY,
-                                     BLOCK, False)  # fmt: skip
+                                     SCANNED, False)  # fmt: skip
             equals = top_k - nearer
-        total = total_of(logits, row, best, sharpness, last, equals, VOCABULARY, BLOCK)
+        total = total_of(logits, row, best, sharpness, last, equals, VOCABULARY, SCANNED)
         if top_p > 0:
             needed = part_of(total, top_p)
             needed -= needed >> 20
-            border, nearer = threshold(logits, row, best, sharpness, needed, VOCABULARY, BLOCK,
+            border, nearer = threshold(logits, row, best, sharpness, needed, VOCABULARY, SCANNED,
                                        True)  # fmt: skip
-            single = tl.max(weights(tl.zeros([BLOCK], tl.int32) + border), 0)
+            single = tl.max(weights(tl.zeros([SCANNED], tl.int32) + border), 0)
             enough = (needed - nearer + single - 1) // tl.maximum(single, 1)
             total = nearer + enough * single
             last, equals = border, enough
         wanted = part_of(total, share)
-        token = drawn(logits, row, best, sharpness, last, equals, wanted, VOCABULARY, BLOCK)
+        token = drawn(logits, row, best, sharpness, last, equals, wanted, VOCABULARY, SCANNED)
     tl.store(chosen + row, token)

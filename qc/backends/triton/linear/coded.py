@@ -166,13 +166,14 @@ class Coded(Term):
             zero = -stream.offset if number == 0 else 0
             words = self.words(emission, loop, stream, bits, place, run // columns * columns)
             key = f"{words} as {bits}, {stream.digit << place}, {zero}"
-            module = "bfloat16" if emission.dtype == torch.bfloat16 else "fragments"
+            module, type = emission.unpacking, emission.dtype_name
             if key not in loop.known and stream.half is not None:
                 bits_and_place = ", ".join(map(str, stream.half))
-                call = f"{module}.unpack_halves({words}, {bits}, {bits_and_place})"
+                call = f"{module}.unpack_halves({words}, {bits}, {bits_and_place}, {type})"
                 loop.known[key] = emission.bind(call)
             elif key not in loop.known:
-                call = f"{module}.unpack({words}, {bits}, {stream.digit << place}, {zero})"
+                code = f"{bits}, {stream.digit << place}, {zero}"
+                call = f"{module}.unpack({words}, {code}, {type})"
                 loop.known[key] = emission.bind(call)
             codes, at = loop.known[key], run % columns // RUN
             found.append((f"{codes}[{2 * at}]", f"{codes}[{2 * at + 1}]"))

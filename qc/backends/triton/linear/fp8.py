@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.linear.coded import BLOCK, Coded, CodedPart, Stream, coded_term
-from qc.backends.triton.linear.int8 import LEAST_GROUP, byte_fragments, row_scale
+from qc.backends.triton.linear.int8 import LEAST_GROUP, byte_fragments, product_of, row_scale
 from qc.backends.triton.linear.loop import Loop, Source
 from qc.backends.triton.linear.place import Place
 from qc.ir.weights.packing import unpack_codes
@@ -24,7 +24,7 @@ E4M3 = (7, 7)
 """Bits below the sign, and their place in a float16 2^-8 times the code."""
 UNIT = 2.0**-8
 """What factors of such codes count on."""
-COLUMNS, RUN, LARGEST_UNIT = 32, 32, 64
+COLUMNS, LARGEST_UNIT = 32, 64
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,8 @@ class Fp8Coded(Coded):
         return emission.bind(f"int8.scaled({found}, {scale}, {UNIT!r})")
 
     def product(self, emission: Emission, loop: Loop, stream: Stream, start: int) -> str:
-        result = None
-        for at in range(start, start + self.group, loop.unit):
-            runs = [self.run(emission, loop, stream, r) for r in range(at, at + loop.unit, RUN)]
-            kind = "left" if len(runs) == 1 else "left64"
-            left = emission.bind(f"int8.{kind}({', '.join(runs)}, BN)")
-            x = loop.x(at)
-            call = f"product({left}, {x})" if result is None else f"more({result}, {left}, {x})"
-            result = emission.bind(f"fp8.{call}")
-        assert result is not None
-        return result
+        run = partial(self.run, emission, loop, stream)
+        return product_of(emission, loop, run, start, self.group, "fp8")
 
     def run(self, emission: Emission, loop: Loop, stream: Stream, start: int) -> str:
         """Write the load of a run of 32 channels, once."""

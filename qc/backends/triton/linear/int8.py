@@ -6,7 +6,7 @@ be widened and scaled more often than tensor cores gain: those are multiplied as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -53,14 +53,8 @@ class Int8Coded(Coded):
         return emission.bind(f"int8.scaled({found}, {scale}, {unit!r})")
 
     def product(self, emission: Emission, loop: Loop, stream: Stream, start: int) -> str:
-        result = None
-        for at in range(start, start + self.group, loop.unit):
-            runs = [self.run(emission, loop, stream, r) for r in range(at, at + loop.unit, RUN)]
-            kind = "left" if len(runs) == 1 else "left64"
-            left = emission.bind(f"int8.{kind}({', '.join(runs)}, BN)")
-            result = multiplied(emission, result, left, loop.x(at))
-        assert result is not None
-        return result
+        run = partial(self.run, emission, loop, stream)
+        return product_of(emission, loop, run, start, self.group, "int8")
 
     def summed(self, emission: Emission, loop: Loop, start: int) -> str:
         """Write the sums of the activations' codes, once."""
@@ -69,7 +63,7 @@ class Int8Coded(Coded):
             result = None
             for at in range(start, start + self.group, loop.unit):
                 ones = f"int8.ones(BN, {loop.unit})"
-                result = multiplied(emission, result, ones, loop.x(at))
+                result = multiplied(emission, "int8", result, ones, loop.x(at))
             assert result is not None
             loop.known[key] = result
         return loop.known[key]
@@ -90,16 +84,32 @@ class Int8Coded(Coded):
             size = f"{blocks}, {stream.bits}, {steps}, BN"
             loaded = emission.bind(f"int8.load({name}, block, {here}, {size})")
             four = stream.bits == 4
-            loop.known[key] = emission.bind(f"int8.unpack({loaded})") if four else loaded
+            unpack = "int8.unpack" if emission.unpacking == "fragments" else "portable.unpack_bytes"
+            loop.known[key] = emission.bind(f"{unpack}({loaded})") if four else loaded
         codes = loop.known[key]
         return f"{codes}[{start % columns // RUN}]" if stream.bits == 4 else codes
 
 
-def multiplied(emission: Emission, result: str | None, left: str, x: str) -> str:
+def product_of(
+    emission: Emission, loop: Loop, run: Callable[[int], str], start: int, group: int, module: str
+) -> str:
+    """Write the product of a group's bytes with x; `run` loads those of 32 channels, `module` has
+    the products."""
+    result = None
+    for at in range(start, start + group, loop.unit):
+        runs = [run(channel) for channel in range(at, at + loop.unit, RUN)]
+        kind = "left" if len(runs) == 1 else "left64"
+        left = emission.bind(f"int8.{kind}({', '.join(runs)}, BN)")
+        result = multiplied(emission, module, result, left, loop.x(at))
+    assert result is not None
+    return result
+
+
+def multiplied(emission: Emission, module: str, result: str | None, left: str, x: str) -> str:
     """Write a product, added to what is there."""
     if result is None:
-        return emission.bind(f"int8.product({left}, {x})")
-    return emission.bind(f"int8.more({result}, {left}, {x})")
+        return emission.bind(f"{module}.product({left}, {x})")
+    return emission.bind(f"{module}.more({result}, {left}, {x})")
 
 
 def row_scale(emission: Emission, loop: Loop, source: Source, start: int) -> str:

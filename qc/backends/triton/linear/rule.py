@@ -29,7 +29,6 @@ from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
-    "bfloat16",
     "decode",
     "elementwise",
     "entries",
@@ -38,6 +37,7 @@ DEVICE = (
     "inputs",
     "int8",
     "lanes",
+    "portable",
     "products",
     "streams",
     "turns",
@@ -126,8 +126,10 @@ class LinearLaunches:
 
     def emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
         """Begin a function: its tile's rows and outputs."""
-        emission = Emission(name, f"{name}: {self.linear.outer} x {self.linear.inner}", DEVICE)
-        emission.dtype = half_dtype(self.linear.region.target)
+        emission = Emission(name, f"{name}: {outer} x {self.linear.inner}", DEVICE)
+        target = self.linear.region.target
+        emission.dtype = half_dtype(target)
+        emission.unpacking = "portable" if target.device == "rocm" else "fragments"
         emission.prefix = f"{name}_"
         emission.constants |= {"BN": tiling.outputs, "BM": tiling.rows}
         emission.size("ROWS", SizeArgument(self.rows))
@@ -393,6 +395,7 @@ class LinearLaunches:
             group,
             architectures,
             self.alone,
+            min(term.bits for term in terms if isinstance(term, Coded)),
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))

@@ -41,11 +41,15 @@ through tensor memory: what is for it, too, keeps the tiles that it was written 
 
 def coded_tilings(
     rows: int, outer: int, inner: int, bits: int, group: int, architectures: Collection[str],
-    alone: bool = True,
+    alone: bool = True, narrowest: int = 4,
 ) -> Iterator[Tiling]:  # fmt: skip
     """Yield tiles of a loop over codes, `bits` a weight with factors for `group` channels, for up
     to `rows` rows: the best first, and at the end one that fits any shape. `alone`: no programs run
-    beside it, so that each may take many registers. Measured by benchmarks/gpu_tiles.py."""
+    beside it, so that each may take many registers; `narrowest`: the fewest bits of a code.
+    Measured by benchmarks/gpu_tiles.py."""
+    if narrowest < 4 and rows > 32:  # registers spill with 4 warps, or with 64 outputs but for this
+        wide = bits == narrowest and set(architectures) == {MEASURED}
+        yield Tiling(64 if wide else 32, LARGEST, 8, 3, 128)
     if MEASURED in architectures and NARROW not in architectures:
         if rows <= 4 and bits <= 4:
             if bits == 4 or outer <= inner:

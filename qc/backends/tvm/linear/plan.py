@@ -51,6 +51,10 @@ SCALAR_WORK = 3.0
 GATHER_WORK = 12.0
 """Instructions of a gather, for each lane, against one of arithmetic: measured on Zen 3."""
 
+MOST_UNROLLED = 8192.0
+"""Instructions of a step: 32 KB of them are what small cores hold in their first cache, and LLVM
+takes more than twice as long for twice as many."""
+
 
 @dataclass(frozen=True)
 class ArrayLayout:
@@ -247,11 +251,18 @@ class VectorPlan:
         more += SCALAR_WORK * len(scalars) / shared
         return (len(vectors) + products + len(self.parts) + more) / columns
 
+    @property
+    def unrolled(self) -> float:
+        """Instructions of a step of a block of outputs, or of a row of one."""
+        vectors = BLOCK * self.width if self.along_outputs else self.width
+        return self.work * vectors / self.lanes
+
 
 def plan_vectors(
     decode: Expr, shape: tuple[int, int], specs: Mapping[str, ArraySpec], lanes: int
 ) -> VectorPlan | None:
-    """Choose the plan with the least work; None where lanes do not fit the expression."""
+    """Choose the plan with the least work among those of moderate code; None where lanes do not fit
+    the expression."""
     found = []
     for along_outputs in (True, False):
         for width in WIDTHS:
@@ -264,7 +275,7 @@ def plan_vectors(
             if layouts is None or width % lanes:
                 continue
             found.append(VectorPlan(decode, shape, lanes, width, layouts, along_outputs))
-    return min(found, key=lambda plan: plan.work, default=None)
+    return min(found, key=lambda p: (max(p.unrolled, MOST_UNROLLED), p.work), default=None)
 
 
 def packed(decode: Expr) -> set[str]:

@@ -12,6 +12,7 @@ import tvm
 from torch import Tensor
 
 from qc.backends.region import RESULT, ArrayArgument, Region, region_of
+from qc.backends.tvm.build import UNNEEDED_PASSES
 from qc.backends.tvm.kernel import Kernel, KernelRule
 from qc.ir import ops
 from qc.ir.fused import Fused, fuse
@@ -162,7 +163,8 @@ def build(kernels: Sequence[Kernel], target: Target) -> Any:
         for i, kernel in enumerate(kernels)
     }
     described = tvm.target.Target({"kind": "llvm", "mcpu": target.llvm_cpu})
-    return tvm.compile(tvm.IRModule(functions), target=described)
+    with tvm.transform.PassContext(disabled_pass=list(UNNEEDED_PASSES)):
+        return tvm.compile(tvm.IRModule(functions), target=described)
 
 
 def worst_error(

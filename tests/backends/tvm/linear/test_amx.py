@@ -132,15 +132,18 @@ def _tiles_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_tiles_written_out")
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.slow if part % 3 else ()) for part in range(6)]
+)
 def test_kernels_are_right_but_for_the_instructions(part: int) -> None:
     check(cases()[part::6])
 
 
 @pytest.mark.usefixtures("_tiles_written_out")
-def test_other_terms_of_a_sum_take_tall_tiles_too() -> None:
+@pytest.mark.parametrize("epilogue", ["gated", pytest.param("", marks=pytest.mark.slow)])
+def test_other_terms_of_a_sum_take_tall_tiles_too(epilogue: str) -> None:
     formats = GroupedFormat(4, 32, "minimum"), DenseFormat(torch.float16), GroupedFormat(2, 32)
-    check([Case(33, 64, formats, G32, epilogue) for epilogue in ("", "gated")], (7, 15, 16, 40))
+    check([Case(33, 64, formats, G32, epilogue)], (7, 15, 16, 40))
 
 
 @needs("amx")

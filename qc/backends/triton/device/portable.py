@@ -1,0 +1,52 @@
+"""What fragments.py and int8.py write in PTX, in Triton alone: for GPUs that are not NVIDIA's."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def code(words, AT: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr,
+         TYPE: tl.constexpr):  # fmt: skip
+    """Return UNIT q - ZERO of the codes q at bit AT of words: exact in float32, and in TYPE."""
+    number = (words >> AT) & ((1 << BITS) - 1)
+    return (number.to(tl.float32) * UNIT - ZERO).to(TYPE)
+
+
+@triton.jit
+def unpack(words, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr,
+           TYPE: tl.constexpr = tl.float16):  # fmt: skip
+    """Return 16 / BITS tensors UNIT q - ZERO of the codes q in words, in float16 or bfloat16."""
+    found = ()
+    for n in tl.static_range(16 // BITS):  # Triton knows no [*found, ...]
+        more = (code(words, n * BITS, BITS, UNIT, ZERO, TYPE),)
+        found = found + more  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def small(words, AT: tl.constexpr, MAGNITUDE: tl.constexpr, PLACE: tl.constexpr,
+          TYPE: tl.constexpr):  # fmt: skip
+    """Return the numbers that the small floats at bit AT of words are as bits of a float16: the
+    lowest MAGNITUDE bits moved to PLACE, the bit above them as the sign."""
+    number = ((words >> AT) & ((1 << MAGNITUDE) - 1)) << PLACE
+    sign = ((words >> (AT + MAGNITUDE)) & 1) << 15
+    return (number | sign).to(tl.float16, bitcast=True).to(TYPE)
+
+
+@triton.jit
+def unpack_halves(words, BITS: tl.constexpr, MAGNITUDE: tl.constexpr, PLACE: tl.constexpr,
+                  TYPE: tl.constexpr = tl.float16):  # fmt: skip
+    """Return 16 / BITS tensors of the numbers that small floats are as bits of a float16."""
+    found = ()
+    for n in tl.static_range(16 // BITS):
+        more = (small(words, n * BITS, MAGNITUDE, PLACE, TYPE),)
+        found = found + more  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def unpack_bytes(bytes):
+    """Return 16 (q - 8) of both halves of bytes, as int8."""
+    return ((bytes << 4) & -16) ^ -128, (bytes & -16) ^ -128
