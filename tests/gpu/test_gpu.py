@@ -92,7 +92,7 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", families.ENCODERS)
 def test_encoders(family: str, tmp_path: Path) -> None:
-    """Whole inputs in one call: attention without a cache, and the convolution in front of images."""
+    """Whole inputs in one call: attention without a cache, the convolution in front of images."""
     model = families.build(family)
     artifact = qc.compile(model, "cuda-w8a16", output=tmp_path / "model.qc")
     given = families.inputs(family, 2, 21)
