@@ -50,5 +50,5 @@ def test_a_model_in_fp8(dtype: str, tmp_path: Path) -> None:
     assert not artifact.verify().wrong, str(artifact.verify())
     ids = torch.randint(0, 300, (90,)).tolist()
     expected = qc.trace(folder).quantize("fp8")(input_ids=torch.tensor([ids]))["logits"][0]
-    # a code on the other side of a border is off by 1/16 of itself
-    assert relative(artifact(ids), expected) <= 6e-2
+    # a code on the other side of a border is off by 1/16 of itself, and bfloat16 moves more of them
+    assert relative(artifact(ids), expected) <= (6e-2 if dtype == "f16" else 8e-2)

@@ -378,7 +378,8 @@ class LinearLaunches:
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
         bytes = any(isinstance(term, Int8Coded | Fp8Coded) for term in terms)
-        least = max(rows, LEAST_COPIED // (narrowest * (1 if bytes else 2)))
+        copied = LEAST_COPIED // (narrowest * (1 if bytes else 2))
+        least = max(rows, copied)
         if not coded:
             return Tiling(32, least, 4, 2)
         if bytes or source is None:
@@ -398,7 +399,7 @@ class LinearLaunches:
             min(term.bits for term in terms if isinstance(term, Coded)),
         )
         chosen = next(each for each in found if divides(source, terms, each))
-        return replace(chosen, rows=max(chosen.rows, rows, least // chosen.lanes))
+        return replace(chosen, rows=max(chosen.rows, copied // chosen.lanes))
 
     def parts(self, loops: Loops, tiling: Tiling) -> int:
         """Choose among how many programs the channels of x are split."""

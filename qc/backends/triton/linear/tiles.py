@@ -47,9 +47,8 @@ def coded_tilings(
     to `rows` rows: the best first, and at the end one that fits any shape. `alone`: no programs run
     beside it, so that each may take many registers; `narrowest`: the fewest bits of a code.
     Measured by benchmarks/gpu_tiles.py."""
-    if narrowest < 4 and rows > 32:  # registers spill with 4 warps, or with 64 outputs but for this
-        wide = bits == narrowest and set(architectures) == {MEASURED}
-        yield Tiling(64 if wide else 32, LARGEST, 8, 3, 128)
+    if narrowest < 4 and rows > 32:
+        yield from without_spills(bits > narrowest, group, set(architectures) == {MEASURED})
     if MEASURED in architectures and NARROW not in architectures:
         if rows <= 4 and bits <= 4:
             if bits == 4 or outer <= inner:
@@ -75,6 +74,15 @@ def coded_tilings(
         elif bits == 4:
             yield Tiling(64, rows, 4, 3, 256 if outer >= MANY_OUTPUTS else 128, registers=True)
     yield Tiling(64, min(rows, LARGEST), 4, 3, 256 if rows <= 16 else 128)
+
+
+def without_spills(several: bool, group: int, measured: bool) -> Iterator[Tiling]:
+    """Yield tiles for many rows and few bits where 64 outputs x 64 rows do not stay in registers:
+    `several` weights in one loop, or many factors. They are slower where those do."""
+    if several or (group < 64 and not measured):
+        yield Tiling(32, LARGEST, 8, 3, 128)
+    elif group < 64:
+        yield Tiling(64, 32, 4, 3, 128)
 
 
 def streamed(
