@@ -89,7 +89,7 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("type", "pairs"), [(tl.float16, halves), (tl.bfloat16, brain_pairs)], ids=str
+    ("type", "pairs"), [(tl.float16, halves), (tl.bfloat16, brain_pairs)], ids=["f16", "bf16"]
 )
 @pytest.mark.parametrize(
     ("bits", "place", "scale", "dtype"),

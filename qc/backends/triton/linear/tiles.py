@@ -30,6 +30,8 @@ class Tiling:
 
 MANY_OUTPUTS = 8192
 """Outputs from which on tiles of 64 are as many programs as multiprocessors."""
+SHORT = 1024
+"""Channels below which the tile for 16 rows takes less time than those for fewer rows."""
 LARGEST, MANY = 64, 128
 """Rows of a tile where nothing else was measured, and where there is any number of them."""
 AT_ONCE = 3
@@ -51,6 +53,8 @@ def coded_tilings(
         yield from without_spills(bits > narrowest, group, set(architectures) == {MEASURED})
     if MEASURED in architectures and NARROW not in architectures:
         if rows <= 4 and bits <= 4:
+            if bits == 4 and alone and inner < SHORT:
+                yield Tiling(64, 16, 4, 3, 256, registers=True)
             if bits == 4 or outer <= inner:
                 yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
             yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
