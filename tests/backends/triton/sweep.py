@@ -50,6 +50,22 @@ FP8 = tuple(
 )  # fmt: skip
 """Activations of e4m3: by weights of the same, by others, and where no tensor cores take them."""
 
+FP4 = tuple(
+    Case(format, outer, inner, rows, 16, epilogue, kind="e2m1", dtype=dtype, architecture=machine)
+    for format, outer, inner, rows, epilogue, dtype, machine in (
+        ("nvfp4", 128, 512, 1, "", "f16", "sm_120"),
+        ("nvfp4", 144, 192, 17, "gated", "f16", "sm_100"),
+        ("nvfp4", 256, 128, 70, "all", "f16", "sm_100"),
+        ("nvfp4", 40, 4096, 3, "bias", "f16", "sm_120"),
+        ("nvfp4 + rank8 + sparse1%", 64, 256, 3, "residual", "f16", "sm_120"),
+        ("nvfp4 + nvfp4", 64, 256, 5, "", "bf16", "sm_100"),
+        ("mxfp4", 64, 256, 3, "", "f16", "sm_120"),
+        ("nvfp4", 64, 96, 2, "", "f16", "sm_120"),
+        ("nvfp4", 64, 256, 5, "all", "f16", "sm_90"),
+    )
+)  # fmt: skip
+"""The same of e2m1; by parts, and by channels that are no whole instructions, too."""
+
 BUCKETS = tuple(
     Case("int4·g128", 128, 2048, rows, None, epilogue)
     for rows, epilogue in (
@@ -76,4 +92,4 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *STREAMED, *FP8, *BUCKETS]
+    return [*examples(), *SUMS, *STREAMED, *FP8, *FP4, *BUCKETS]

@@ -22,6 +22,7 @@ from qc.backends.triton.linear.rule import linear_rule
 from qc.ir.target import computing, parse_machine
 from tests.backends.triton.cases import Case
 
+SLOW = pytest.mark.slow
 PLAIN = Case("int4·g128", 4096, 14336)
 AT_ONCE = Case("int4·g128", 4096, 4096)
 """One row of it is multiplied without a loop."""
@@ -130,6 +131,37 @@ def test_floats_of_8_bits_are_multiplied_as_such(architecture: int, kind: str) -
     assert loop.count(kind)
     assert not loop.count("HMMA", "HGMMA", *CONVERSIONS)
     assert not cubin.spills
+
+
+@pytest.mark.parametrize("rows", [1, 16, pytest.param(64, marks=pytest.mark.slow), 1000])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        (120, "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"),
+        pytest.param(100, "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale", marks=SLOW),
+    ],
+)
+def test_floats_of_4_bits_are_multiplied_as_such(architecture: int, kind: str, rows: int) -> None:
+    case = Case("nvfp4", 4096, 4096, activation=16, kind="e2m1", architecture="sm_120")
+    cubin = compile_launch(main_launch(case, rows, architecture), architecture)
+    products = set(re.findall(r"(?:mma\.sync|wgmma|tcgen05\.mma)\.\S+", cubin.ptx))
+    assert products
+    assert all(each.startswith(kind) for each in products)  # nothing is widened
+    loop = loop_of(cubin)
+    assert loop.count("OMMA", "UTCOMMA")
+    assert not loop.count(*CONVERSIONS)
+    assert any(name.startswith("LDGSTS") and ".128" in name for name in loop.instructions)
+    assert not cubin.spills
+
+
+def test_without_such_units_floats_of_4_bits_are_widened() -> None:
+    case = Case("nvfp4", 4096, 4096, activation=16, kind="e2m1")
+    for machine in ("cuda:sm_90", "cuda:sm_90+sm_120"):
+        call = linear_rule(region_of(case.planned(), parse_machine(machine)))
+        assert call is not None
+        launches = call.variant(16).launches
+        assert launches[0].rule == "copy"
+        assert not any("fp4.more(" in each.source for each in launches)
 
 
 def test_without_such_units_floats_of_8_bits_are_widened() -> None:

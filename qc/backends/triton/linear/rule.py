@@ -17,6 +17,7 @@ from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.finished import FinishedAlone, Loops
+from qc.backends.triton.linear.fp4 import Fp4Coded, fp4_tiling
 from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
@@ -32,6 +33,7 @@ DEVICE = (
     "decode",
     "elementwise",
     "entries",
+    "fp4",
     "fp8",
     "fragments",
     "inputs",
@@ -375,6 +377,8 @@ class LinearLaunches:
         """Choose the tile of a launch; `source` is what the main loop multiplies."""
         rows = LARGEST if self.bucket is None else self.bucket * multiple
         rows = min(LARGEST, 1 << (rows - 1).bit_length())
+        if source is not None and any(isinstance(term, Fp4Coded) for term in terms):
+            return fp4_tiling(rows, source.channels)
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
         bytes = any(isinstance(term, Int8Coded | Fp8Coded) for term in terms)
@@ -437,7 +441,10 @@ def source_of(linear: LinearRegion) -> Source:
         return Source(ArrayArgument(operand), linear.inner)
     group = min(format.group or linear.inner, linear.inner)
     codes, scale = ArrayArgument(operand, "codes"), ArrayArgument(operand, "scale")
-    return Source(codes, linear.inner, "quantized", scale=scale, group=group, code=format.code)
+    factor = ArrayArgument(operand, "factor") if format.kind == "e2m1" else None
+    return Source(
+        codes, linear.inner, "quantized", scale=scale, group=group, code=format.code, factor=factor
+    )
 
 
 def linear_rule(region: Region) -> Call | None:

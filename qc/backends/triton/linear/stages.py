@@ -16,6 +16,7 @@ import torch
 from qc.backends.triton.kernel import Scratch
 from qc.backends.triton.linear.coded import coded_term
 from qc.backends.triton.linear.decoded import Decoded
+from qc.backends.triton.linear.fp4 import fp4_term
 from qc.backends.triton.linear.fp8 import fp8_term
 from qc.backends.triton.linear.int8 import int8_term
 from qc.backends.triton.linear.loop import Source, Term
@@ -81,7 +82,7 @@ class Stages:
     tile: int
     """Rows of a tile."""
     products: frozenset[str] = frozenset()
-    """What the target's tensor cores multiply, int8 and f8; nothing where no fast rules are
+    """What the target's tensor cores multiply, int8, f8 and f4; nothing where no fast rules are
     wanted."""
     dtype: torch.dtype = torch.float16
     """Of copies, and of what chains leave."""
@@ -129,6 +130,8 @@ class Stages:
         term: Term | None = int8_term(place, source) if "int8" in self.products else None
         if term is None and "f8" in self.products:
             term = fp8_term(place, source)
+        if term is None and "f4" in self.products:
+            term = fp4_term(place, source)
         if term is not None:
             source = replace(source, kind="codes")
         elif source.kind == "quantized":
