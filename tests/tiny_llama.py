@@ -34,7 +34,8 @@ def llama_folder(base: Path, hidden: int = 56, intermediate: int = 72) -> Path:
     tokenizer = byte_level_tokenizer()
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
         bos_token_id=None, eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
     )  # fmt: skip
     with torch.random.fork_rng():

@@ -66,6 +66,18 @@ FP4 = tuple(
 )  # fmt: skip
 """The same of e2m1; by parts, and by channels that are no whole instructions, too."""
 
+KEPT = (
+    Case("kept50%·g16(int4·row·zero)", 200, 512, 1, None, "all", multiprocessors=2),
+    Case("kept10%·g16(int4·row·zero)", 300, 256, 2, None, "gated", multiprocessors=3),
+    Case("kept70%·g32(int4·row)", 70, 256, 3, None, "residual", multiprocessors=1),
+    Case("kept50%·g16(int4·row) + rank8", 64, 256, 1, 32, "residual", multiprocessors=1),
+    Case("kept40%·g64(int4·row)", 100, 320, 70, None, "gated", multiprocessors=2),
+    Case("kept50%·g32(uint4·row)", 64, 4096, 16, None, multiprocessors=9),
+    Case("kept50%·g16(int4·row·zero)", 200, 400, 33, None, "all", multiprocessors=3),
+    Case("kept50%·g16(int4·row·zero)", 64, 256, 9, None, "bias", fast=False),
+)
+"""Groups of whole words of 4 bits, in slices and in parts of them."""
+
 BUCKETS = tuple(
     Case("int4·g128", 128, 2048, rows, None, epilogue)
     for rows, epilogue in (
@@ -92,4 +104,4 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *STREAMED, *FP8, *FP4, *BUCKETS]
+    return [*examples(), *SUMS, *STREAMED, *FP8, *FP4, *KEPT, *BUCKETS]

@@ -20,6 +20,7 @@ from qc.backends.triton.linear.finished import FinishedAlone, Loops
 from qc.backends.triton.linear.fp4 import Fp4Coded, fp4_tiling
 from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.int8 import Int8Coded
+from qc.backends.triton.linear.kept import KeptGroups
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.planned import Planned
@@ -38,6 +39,7 @@ DEVICE = (
     "fragments",
     "inputs",
     "int8",
+    "kept",
     "lanes",
     "portable",
     "products",
@@ -91,6 +93,8 @@ class LinearLaunches:
             return Variant(self.bucket, (streamed.launch(),))
         if (alone := FinishedAlone.of(self, stages)) is not None:
             return Variant(self.bucket, (self.launched(alone.launch()),))
+        if (kept := KeptGroups.alone(self, stages)) is not None:
+            return Variant(self.bucket, (kept.launch(),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -102,6 +106,9 @@ class LinearLaunches:
             roles = []
             for step in stages.steps:
                 if stages.level(step) == level:
+                    if (kept := KeptGroups.of(self, step)) is not None:
+                        launches.append(kept.launch())
+                        continue
                     role = self.step(step)
                     if beside and role.holds(self.bucket):
                         roles.append(role)
@@ -128,6 +135,13 @@ class LinearLaunches:
 
     def emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
         """Begin a function: its tile's rows and outputs."""
+        emission = self.plain_emission(name, tiling, outer, multiple)
+        emission.line(f"out = products.outputs(cell, BN, {outer})")
+        emission.line("block = products.first_block(cell, BN)")
+        return emission
+
+    def plain_emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
+        """Begin a function: its tile's rows."""
         emission = Emission(name, f"{name}: {outer} x {self.linear.inner}", DEVICE)
         target = self.linear.region.target
         emission.dtype = half_dtype(target)
@@ -137,8 +151,6 @@ class LinearLaunches:
         emission.size("ROWS", SizeArgument(self.rows))
         count = "ROWS" if multiple == 1 else f"ROWS * {multiple}"
         emission.line(f"rows = inputs.numbers(tile, BM, {count})")
-        emission.line(f"out = products.outputs(cell, BN, {outer})")
-        emission.line("block = products.first_block(cell, BN)")
         return emission
 
     def step(self, step: Step) -> Planned:

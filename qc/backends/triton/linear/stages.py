@@ -19,6 +19,7 @@ from qc.backends.triton.linear.decoded import Decoded
 from qc.backends.triton.linear.fp4 import fp4_term
 from qc.backends.triton.linear.fp8 import fp8_term
 from qc.backends.triton.linear.int8 import int8_term
+from qc.backends.triton.linear.kept_layout import takes
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place, dtype_of
 from qc.ir.types import Dim, as_dim
@@ -144,7 +145,7 @@ class Stages:
         are neighbours."""
         single = entries.width == 1
         tile = min(self.tile, MOST_ROWS if single else MOST_ROWS_OF_GROUPS)
-        if tile <= (FEW_ROWS if single else 1):
+        if tile <= (FEW_ROWS if single else 1) or (FAST_RULES and takes(place.format)):
             work = EntriesOf(place, entries, source, tile=tile)
         else:
             rows = Source(self.across(source, tile), source.channels)
