@@ -18,6 +18,7 @@ from qc.backends.triton.gate import (
     objections,
 )
 from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Launch
+from qc.backends.triton.linear.kept import STREAMS
 from qc.backends.triton.linear.rule import linear_rule
 from qc.ir.target import computing, parse_machine
 from tests.backends.triton.cases import Case
@@ -101,6 +102,39 @@ def test_the_next_tile_is_asked_for_before_one_is_multiplied() -> None:
     assert cubin.registers * WARP * cubin.num_warps * 2 <= 65536  # two programs run at once
     weights = 16 * 4096
     assert len(names) * WARP * cubin.num_warps / weights <= 2.6
+
+
+KEPT = Case("kept50%·g16(int4·row·zero)", 4096, 4096)
+
+
+def test_the_next_groups_are_asked_for_before_some_are_multiplied() -> None:
+    """In the order of the machine code: those of the first step, the wait for other launches, and
+    in the loop those of the next one in front of most products."""
+    cubin = compile_launch(main_launch(KEPT, 1, 90), 90)
+    names = [name for _, name, _ in INSTRUCTION.findall(inspect(cubin.binary, "-sass"))]
+    products = [at for at, name in enumerate(names) if name == "FFMA"]
+    wait, middle = names.index("ACQBULK"), products[len(products) // 2]
+    wide = [at for at, name in enumerate(names) if name.endswith(".128")]
+    assert [sum(at < wait for at in wide), sum(wait < at < middle for at in wide)] == [2, 2]
+    assert not cubin.spills
+    assert cubin.registers * WARP * cubin.num_warps * STREAMS <= 65536  # so many run at once
+    weights = 64 * 8 * 16
+    assert len(loop_of(cubin).instructions) * WARP * cubin.num_warps / weights <= 11.5
+    assert loop_of(cubin).count("FFMA") >= 64
+    assert loop_of(cubin).count("I2F") <= 4  # zero points, one a group
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [(90, "HGMMA"), pytest.param(80, "HMMA", marks=SLOW)]
+)
+def test_groups_are_put_where_tensor_cores_take_them(architecture: int, kind: str) -> None:
+    cubin = compile_launch(main_launch(KEPT, 16, architecture), architecture)
+    loop = loop_of(cubin)
+    assert loop.count(kind)
+    assert loop.count("I2F") <= 4  # zero points, one a group
+    assert not cubin.spills
+    dense = 64 * 128
+    assert len(loop.instructions) * WARP * cubin.num_warps / dense <= 14
 
 
 @pytest.mark.parametrize(("architecture", "rows", "budget"), [(80, 1, 1.5), (90, 16, 2.15)])

@@ -34,6 +34,15 @@ def outputs(order, cell, SIZE: tl.constexpr):
     return tl.load(order + cell * SIZE + tl.arange(0, SIZE))
 
 
+@triton.jit
+def value(codes, PLACE: tl.constexpr, zero):
+    """Return the code at bit PLACE, 16 at most, less `zero`: a float32 of 2^23 with those bits is
+    2^23 + code 2^PLACE, from which one multiplication and subtraction takes the rest, exactly."""
+    UNIT: tl.constexpr = 1.0 / (1 << PLACE)
+    bits = ((codes & (15 << PLACE)) | MAGIC).to(tl.float32, bitcast=True)
+    return bits * UNIT - (zero + BASE * UNIT)
+
+
 # ---------------------------------------------------------------- few rows
 
 
@@ -83,15 +92,13 @@ def dot(total, x, places, words, zero, NUMBER: tl.constexpr):
     """total + the products of the 16 codes of words, less `zero`, with x; the words are number
     NUMBER of their groups."""
     wide = x.to(tl.pointer_type(tl.int64), bitcast=True)
-    middle = zero + BASE
     for quarter in tl.static_range(4):
         values = tl.load(wide + places + (NUMBER * 4 + quarter))
         codes = (words >> (16 * quarter)).to(tl.int32)
         low, high = values.to(tl.int32), (values >> 32).to(tl.int32)
         for each in tl.static_range(4):
-            code = (((codes >> (4 * each)) & 15) | MAGIC).to(tl.float32, bitcast=True)
             half = (low if each < 2 else high) >> (16 * (each % 2))
-            total += (code - middle) * widened(half, x.dtype.element_ty)
+            total += value(codes, 4 * each, zero) * widened(half, x.dtype.element_ty)
     return total
 
 
@@ -125,10 +132,10 @@ def counted(mask):
 
 
 @triton.jit
-def weight(words, NUMBER: tl.constexpr, offset, factor):
+def weight(words, NUMBER: tl.constexpr, zero, factor):
     """Return what code NUMBER of words stands for."""
-    code = (((words >> (4 * NUMBER)) & 15) | MAGIC).to(tl.float32, bitcast=True)
-    return (code - offset) * factor
+    low = words if NUMBER < 4 else words >> 16
+    return value(low, 4 * (NUMBER % 4), zero) * factor
 
 
 @triton.jit
@@ -145,9 +152,9 @@ def tile(codes, scale, zero, middle, first, mask, before, SIZE: tl.constexpr, GR
     place = first * GROUPS + before[:, None] + ahead
     at = place * OUT + tl.arange(0, OUT)[:, None]
     factor = tl.load(scale + at, mask=kept, other=0.0).to(tl.float32)[:, :, None]
-    offset = BASE + middle
+    offset = middle
     if zero is not None:
-        offset = BASE + tl.load(zero + at, mask=kept, other=0).to(tl.float32)[:, :, None]
+        offset = tl.load(zero + at, mask=kept, other=0).to(tl.float32)[:, :, None]
     WORDS: tl.constexpr = SIZE // 8
     word = tl.arange(0, WORDS)[None, None, :]
     lane = tl.arange(0, OUT)[:, None, None]

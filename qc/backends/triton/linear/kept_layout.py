@@ -13,9 +13,10 @@ from qc.ir.weights.kept_groups import KeptGroupsFormat
 from qc.ir.weights.parts import entry_rows
 from qc.ir.weights.weight import Weight
 
-OUT, GROUPS = 64, 8
-"""Outputs of a slice, and groups of each in a step: 128 threads have 4 groups each, on their way
-while those of the step before are multiplied."""
+OUT, GROUPS = 64, 4
+"""Outputs of a slice, and groups of each in a step: 128 threads have 2 groups each, on their way
+while those of the step before are multiplied. Measured on an H200, 4096 x 4096 and 14336 x 4096:
+2 groups took 12.7 and 32.7 us, 4 took 7.5 and 18.8, 8 took 8.7 and 20.3."""
 CODES, BITS = 16, 4
 """Codes in a word of 64 bits."""
 CHANNELS = 128
