@@ -66,6 +66,15 @@ FP4 = tuple(
 )  # fmt: skip
 """The same of e2m1; by parts, and by channels that are no whole instructions, too."""
 
+WIDENED = (
+    Case("nvfp4", 96, 512, 1),
+    Case("nvfp4", 50, 144, 5, None, "gated"),
+    Case("nvfp4 + rank8 + sparse1%", 64, 256, 20, None, "all"),
+    Case("nvfp4", 96, 4096, 3, None, "gated"),
+    Case("nvfp4", 64, 256, 33, 32, "gated"),
+)
+"""Floats of 4 bits with scales of e4m3 times float16."""
+
 KEPT = (
     Case("kept50%·g16(int4·row·zero)", 200, 512, 1, None, "all", multiprocessors=2),
     Case("kept10%·g16(int4·row·zero)", 300, 256, 2, None, "gated", multiprocessors=3),
@@ -104,4 +113,4 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *STREAMED, *FP8, *FP4, *KEPT, *BUCKETS]
+    return [*examples(), *SUMS, *STREAMED, *FP8, *FP4, *WIDENED, *KEPT, *BUCKETS]

@@ -15,7 +15,17 @@ from qc.backends.triton.compile import compile_launch
 from qc.backends.triton.kernel import Call
 from tests.backends.triton.cases import Case, call_of, result_dtype
 from tests.backends.triton.linear_worker import Interpreter
-from tests.backends.triton.sweep import BUCKETS, FP4, FP8, KEPT, STREAMED, SUMS, all_cases, examples
+from tests.backends.triton.sweep import (
+    BUCKETS,
+    FP4,
+    FP8,
+    KEPT,
+    STREAMED,
+    SUMS,
+    WIDENED,
+    all_cases,
+    examples,
+)
 from tests.needs import needs
 
 TOLERANCE = 2e-3
@@ -29,6 +39,7 @@ QUICK = (
     STREAMED[0],
     *FP8[::2],
     *FP4[::2],
+    *WIDENED,
     *KEPT[:-1],
     *BUCKETS[:8:3],
 )

@@ -74,6 +74,36 @@ def row_tile(codes, scale, factor, rows, places, start, CHANNELS: tl.constexpr,
 
 
 @triton.jit
+def groups(codes, scale, out, start, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Load the codes of some channels as words of 16 bits, i16[OUT, WIDTH / 16, 4], and the scales
+    of groups, f32[OUT, WIDTH / 16, 1] times what `from_e2m1` leaves out. Beyond CHANNELS the last
+    group again."""
+    group = start // 16 + tl.arange(0, WIDTH // 16)[None, :, None]
+    if CHANNELS % WIDTH != 0:
+        group = tl.minimum(group, CHANNELS // 16 - 1)
+    words = codes.to(tl.pointer_type(tl.int16), bitcast=True)
+    row = out[:, None, None]
+    found = tl.load(words + row * (CHANNELS // 4) + group * 4 + tl.arange(0, 4)[None, None, :])
+    factor = from_e4m3(tl.load(scale + row * (CHANNELS // 16) + group)).to(tl.float32)
+    return found, factor * 4194304.0  # 2^14, and 2^8 of e4m3
+
+
+@triton.jit
+def widened(halves, factor, WIDTH: tl.constexpr):
+    """Put the numbers of four codes of each word in order and multiply the scales of their groups:
+    f32[OUT, WIDTH], exact in float16, too."""
+    even = tl.join(halves[0].to(tl.float32) * factor, halves[2].to(tl.float32) * factor)
+    odd = tl.join(halves[1].to(tl.float32) * factor, halves[3].to(tl.float32) * factor)
+    return tl.reshape(tl.join(even, odd), [halves[0].shape[0], WIDTH])
+
+
+@triton.jit
+def whole(acc, factor):
+    """Multiply sums by the factor of the matrix."""
+    return acc * tl.load(factor)
+
+
+@triton.jit
 def weights(codes, out, start, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """Load the codes of a left operand [OUT, WIDTH], two a byte."""
     pair = start // 2 + tl.arange(0, WIDTH // 2)

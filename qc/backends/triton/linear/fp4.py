@@ -78,6 +78,47 @@ class Fp4Coded(Term):
         return weight.arrays()[f"{self.place.prefix}.scale.codes"] & 0x7F
 
 
+NVFP4 = parse_term("nvfp4")
+E2M1 = (3, 9)
+"""Bits below the sign, and their place in a float16 2^-14 times the code."""
+
+
+@dataclass(frozen=True)
+class Fp4Widened(Term):
+    """The same weights times rows of float16 or bfloat16, which hold a code times its scale
+    exactly."""
+
+    place: Place
+    rule = "widened"
+
+    @property
+    def width(self) -> int:
+        return WIDENED
+
+    @property
+    def unit(self) -> int:
+        return WIDENED
+
+    def emit(self, emission: Emission, loop: Loop, acc: str) -> None:
+        place, type = self.place, emission.dtype_name
+        codes, scale = (place.stored(emission, name) for name in ("codes", "scale.codes"))
+        whole = place.stored(emission, "scale.scale.values")
+        own = loop.beside(emission, "products.zeros(BN, BM)")
+        bits_and_place = ", ".join(map(str, E2M1))
+        for start in range(0, loop.width, loop.unit):
+            at = f"{loop.at(start)}, {place.inner}, {loop.unit}"
+            loaded = emission.bind(f"fp4.groups({codes}, {scale}, out, {at})")
+            call = f"unpack_halves({loaded}[0], 4, {bits_and_place}, {type})"
+            halves = emission.bind(f"{emission.unpacking}.{call}")
+            tile = emission.bind(f"fp4.widened({halves}, {loaded}[1], {loop.unit})")
+            emission.line(f"{own} = products.decoded({own}, {tile}, {loop.x(start)})")
+        loop.ends.append(f"{acc} += fp4.whole({own}, {whole})")
+
+
+WIDENED = 128
+"""Channels that are widened at once."""
+
+
 def fp4_term(place: Place, source: Source) -> Fp4Coded | None:
     """Take a term of `nvfp4` and whole instructions, where activations are e2m1."""
     if source.kind != "quantized" or source.code != "e2m1" or source.group != GROUP:
@@ -87,7 +128,15 @@ def fp4_term(place: Place, source: Source) -> Fp4Coded | None:
     return Fp4Coded(place, replace(source, kind="codes"))
 
 
-NVFP4 = parse_term("nvfp4")
+def widened_term(place: Place) -> Fp4Widened | None:
+    """Take a term of `nvfp4` and whole groups."""
+    return Fp4Widened(place) if place.format == NVFP4 and place.inner % GROUP == 0 else None
+
+
+def widened_tiling(rows: int, terms: int) -> Tiling:
+    """Return the tile for up to `rows` rows of widened terms: two of them and more rows than 32
+    would not stay in registers on sm_80."""
+    return Tiling(64, max(LEAST_ROWS, min(rows, MOST_ROWS if terms == 1 else 32)), 4, 3)
 
 
 def fp4_tiling(rows: int, inner: int) -> Tiling:

@@ -17,7 +17,7 @@ from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.finished import FinishedAlone, Loops
-from qc.backends.triton.linear.fp4 import Fp4Coded, fp4_tiling
+from qc.backends.triton.linear.fp4 import Fp4Coded, Fp4Widened, fp4_tiling, widened_tiling
 from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.kept import KeptGroups
@@ -391,6 +391,8 @@ class LinearLaunches:
         rows = min(LARGEST, 1 << (rows - 1).bit_length())
         if source is not None and any(isinstance(term, Fp4Coded) for term in terms):
             return fp4_tiling(rows, source.channels)
+        if source is not None and any(isinstance(term, Fp4Widened) for term in terms):
+            return widened_tiling(rows, len(terms))
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
         bytes = any(isinstance(term, Int8Coded | Fp8Coded) for term in terms)
