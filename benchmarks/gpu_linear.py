@@ -38,6 +38,8 @@ ROWS = symbol("rows")
 CACHED = 256 << 20
 """Bytes that all copies of a weight have at least: four times what an H200 caches."""
 MOST_COPIES = 64
+GOOD = 2e-3
+"""Error of a product in float16, at most."""
 REPLAYS = 20
 WARM = 3
 
