@@ -2,7 +2,7 @@
 
 For tests only. It works where TRITON_INTERPRET=1 was set before Triton was imported. What the
 emulation checks is our reading of PTX; that the assembler reads it so, a GPU has to confirm.
-Source: PTX ISA 8.5, sections 9.7.8.6 (lop3), 9.7.4.4 (fma.f16x2, fma.bf16x2).
+Source: PTX ISA 8.5, sections 9.7.8.6 (lop3), 9.7.9.7 (prmt), 9.7.4.4 (fma.f16x2, fma.bf16x2).
 
 Triton's interpreter keeps bfloat16 as bits in uint16 and computes with those numbers; here its
 operations widen them to float32, and round results to nearest, ties to even.
@@ -65,12 +65,28 @@ def fused_brain(a: Words, b: Words, c: Words) -> Words:
     return np.ascontiguousarray(rounded).view(np.uint32).reshape(a.shape)
 
 
+def permuted(a: Words, b: Words, selector: Words) -> Words:
+    """Pick four bytes of (a, b), each by the lowest bits of a nibble; none may have its highest
+    bit set, which would ask for signs."""
+    if (selector & np.uint32(0x8888)).any():
+        raise NotImplementedError("prmt that spreads signs")
+    bytes = np.stack(
+        [word >> np.uint32(8 * n) & np.uint32(255) for word in (a, b) for n in range(4)]
+    )
+    result = np.zeros_like(a)
+    for n in range(4):
+        choice = (selector >> np.uint32(4 * n) & np.uint32(7)).astype(np.int64)
+        result |= np.take_along_axis(bytes, choice[None], 0)[0] << np.uint32(8 * n)
+    return result
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n,
     "and.b32": lambda a, b: a & b,
     "lop3.b32": lop3,
+    "prmt.b32": permuted,
     "fma.rn.f16x2": fused,
     "fma.rn.bf16x2": fused_brain,
 }

@@ -35,6 +35,18 @@ STREAMED = (
 )
 """More tiles of outputs than programs run at once: those take one after another."""
 
+LOOKED = (
+    Case("lookup4·row", 128, 512, 1),
+    Case("lookup4·row + sparse0.45%", 50, 320, 5, None, "bias"),
+    Case("lookup3·row", 72, 512, 3, None, "gated"),
+    Case("lookup2·t32xall", 80, 256, 17, 32, "all"),
+    Case("lookup1·row", 33, 300, 2),
+    Case("nf4·g64", 128, 4096, 1),
+    Case("nf4·g32·scale(uint8·row)", 64, 160, 9, None, "residual"),
+    Case("lookup3·tensor·by(g64)", 50, 384, 70),
+)
+"""Codes that are looked up in registers."""
+
 FP8 = tuple(
     Case(format, outer, inner, rows, 0, epilogue, kind="e4m3", dtype=dtype, architecture=machine)
     for format, outer, inner, rows, epilogue, dtype, machine in (
@@ -76,4 +88,4 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *STREAMED, *FP8, *BUCKETS]
+    return [*examples(), *SUMS, *STREAMED, *LOOKED, *FP8, *BUCKETS]

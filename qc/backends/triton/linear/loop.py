@@ -149,13 +149,27 @@ class Loop:
     ) -> str:
         """Write the loads of the words of a plane from channel `start` of a step on: in registers,
         a step ahead."""
+        pairs = self.pairs_ahead(emission, name, start, columns, sizes)
+        return emission.bind(f"fragments.words({pairs})")
+
+    def pairs_ahead(
+        self, emission: Emission, name: str, start: int, columns: int, sizes: str
+    ) -> str:
+        """Write the loads of pairs of words of a plane, likewise."""
         sizes = f"{sizes}, BN, {self.lanes}"
         at, after = (
             self.stored_at(f"({step}) * {self.width} + {start}", columns)
             for step in (self.first, f"tl.minimum(step + 1, {self.steps - 1})")
         )
         at, after = (f"fragments.load_pairs({name}, block, {k}, {sizes})" for k in (at, after))
-        return emission.bind(f"fragments.words({self.carried(emission, at, after)})")
+        return self.carried(emission, at, after)
+
+    def before(self, emission: Emission, call: str) -> str:
+        """Write what is the same for all steps in front of the loop; return its name."""
+        emission.bound += 1
+        name = f"t{emission.bound}_0"
+        self.ahead.append(f"{name} = {call}")
+        return name
 
     def carried(self, emission: Emission, first: str, after: str) -> str:
         """Write a load in front of the loop, and in a step that of the one after; return the name

@@ -40,6 +40,7 @@ DEVICE = (
     "portable",
     "products",
     "streams",
+    "tables",
     "turns",
 )
 BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
@@ -446,7 +447,8 @@ def linear_rule(region: Region) -> Call | None:
     if linear is None:
         return None
     rules = LinearLaunches(linear, 1).stages().rules
-    buckets = (1, *BUCKETS) if "entries" in rules or "coded" in rules else BUCKETS
+    alone = any(name in rules for name in ("entries", "coded", "looked"))
+    buckets = (1, *BUCKETS) if alone else BUCKETS
     launches = [LinearLaunches(linear, bucket) for bucket in buckets]
     variants = tuple(each.variant() for each in launches)
     repack: dict[tuple[int, str], Repack] = {}

@@ -18,12 +18,13 @@ from qc.backends.triton.linear.coded import coded_term
 from qc.backends.triton.linear.decoded import Decoded
 from qc.backends.triton.linear.fp8 import fp8_term
 from qc.backends.triton.linear.int8 import int8_term
+from qc.backends.triton.linear.looked import looked_term
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place, dtype_of
 from qc.ir.types import Dim, as_dim
 from qc.ir.weights.structure import Chain, Entries, Selected
 
-FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (coded_term,)
+FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (looked_term, coded_term)
 """From the most special; without any of them everything still works, slower."""
 
 TILE_OF_CHAIN = 128

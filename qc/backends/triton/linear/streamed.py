@@ -15,6 +15,7 @@ from qc.backends.triton.emit import Emission
 from qc.backends.triton.kernel import Cells, Launch, Scratch
 from qc.backends.triton.linear import tiles
 from qc.backends.triton.linear.coded import BLOCK, GROUP, Coded, CodedPart, transposed
+from qc.backends.triton.linear.looked import Looked
 from qc.backends.triton.linear.loop import Source, declare
 from qc.backends.triton.linear.stages import Stages
 from qc.backends.triton.linear.tiles import Tiling
@@ -148,7 +149,7 @@ class Streamed:
 
 def takes(term: Coded) -> bool:
     """Say whether a term is codes of 4 bits times factors of its outputs."""
-    if len(term.parts) != 1 or term.group % UNIT:
+    if len(term.parts) != 1 or term.group % UNIT or isinstance(term, Looked):
         return False
     stream, factor = term.parts[0].stream, term.parts[0].factor
     if stream is None or factor is None or not depends_on(factor, ROW):
