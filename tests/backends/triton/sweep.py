@@ -47,6 +47,17 @@ LOOKED = (
 )
 """Codes that are looked up in registers."""
 
+AFFINE = (
+    Case("int4·g32·min·scale(uint8·row)·minimum(uint8·row)", 128, 4096, 1),
+    Case("int4·g32·min·scale(uint8·row)·minimum(uint8·row)", 50, 160, 9, 32, "gated"),
+    Case("int3·g32·min·scale(uint6·row)·minimum(uint6·row)", 72, 512, 3, 32, "all"),
+    Case("int2·g32·min", 33, 320, 17),
+    Case("int4·g64·zero + rank8", 50, 1024, 70, None, "residual"),
+    Case("int4·g32", 48, 96, 5, None, "bias"),
+    Case("nf4·g32", 48, 512, 2),
+)
+"""Weights that are made in registers, for their groups are small."""
+
 FP8 = tuple(
     Case(format, outer, inner, rows, 0, epilogue, kind="e4m3", dtype=dtype, architecture=machine)
     for format, outer, inner, rows, epilogue, dtype, machine in (
@@ -88,4 +99,4 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *STREAMED, *LOOKED, *FP8, *BUCKETS]
+    return [*examples(), *SUMS, *STREAMED, *LOOKED, *AFFINE, *FP8, *BUCKETS]

@@ -1,17 +1,19 @@
-"""What fragments.py, int8.py and tables.py write in PTX, in Triton alone: for GPUs that are not
-NVIDIA's."""
+"""What fragments.py, int8.py, tables.py and affine.py write in PTX, in Triton alone: for GPUs that
+are not NVIDIA's."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from qc.backends.triton.device.affine import words
+
 
 @triton.jit
-def code(words, AT: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr,
+def code(word, AT: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, ZERO: tl.constexpr,
          TYPE: tl.constexpr):  # fmt: skip
     """Return UNIT q - ZERO of the codes q at bit AT of words: exact in float32, and in TYPE."""
-    number = (words >> AT) & ((1 << BITS) - 1)
+    number = (word >> AT) & ((1 << BITS) - 1)
     return (number.to(tl.float32) * UNIT - ZERO).to(TYPE)
 
 
@@ -88,3 +90,14 @@ def look_up(pairs, tables, PLANES: tl.constexpr, SLOT: tl.constexpr, WORDS: tl.c
             more = (tl.join(first, second),)
             found = found + more  # type: ignore[assignment]
     return found
+
+
+@triton.jit
+def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr, TYPE: tl.constexpr):
+    """Turn unpacked codes of outputs g, or g + 8 with LOWER, into weights."""
+    both = words(factors, LOWER)
+    scale = both.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+    found = codes.to(tl.float32) * scale
+    if OFFSET:
+        found += (both >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+    return found.to(TYPE)

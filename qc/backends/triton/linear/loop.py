@@ -126,14 +126,19 @@ class Loop:
         return self.tiles[start // self.unit]
 
     def group(self, step: str, size: int, number: int, surely: bool) -> str:
+        """Return the numbers of a group of `size` channels, one a row of a tile with lanes."""
+        at = self.number(step, size, number, surely)
+        count = -(-self.channels // size)
+        return at if self.lanes == 1 else f"lanes.groups({at}, BN, {self.lanes}, {count})"
+
+    def number(self, step: str, size: int, number: int, surely: bool) -> str:
         """Return the number of a group of `size` channels: of a step's, the number'th. Where the
         step is not `surely` one of the loop's, the last group at most."""
         per_step = self.width // size
         at = step if per_step == 1 else f"({step}) * {per_step}"
         at = f"{at} + {number}" if number else at
         count = -(-self.channels // size)
-        at = at if self.even and surely else f"tl.minimum({at}, {count - 1})"
-        return at if self.lanes == 1 else f"lanes.groups({at}, BN, {self.lanes}, {count})"
+        return at if self.even and surely else f"tl.minimum({at}, {count - 1})"
 
     def loaded_ahead(self, emission: Emission, size: int, number: int, call: str) -> str:
         """Write a load for a group, a step before it is used: a cache miss then costs no time.

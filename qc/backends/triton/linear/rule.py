@@ -29,6 +29,7 @@ from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
+    "affine",
     "decode",
     "elementwise",
     "entries",
@@ -447,7 +448,7 @@ def linear_rule(region: Region) -> Call | None:
     if linear is None:
         return None
     rules = LinearLaunches(linear, 1).stages().rules
-    alone = any(name in rules for name in ("entries", "coded", "looked"))
+    alone = any(name in rules for name in ("entries", "coded", "looked", "affine"))
     buckets = (1, *BUCKETS) if alone else BUCKETS
     launches = [LinearLaunches(linear, bucket) for bucket in buckets]
     variants = tuple(each.variant() for each in launches)

@@ -14,6 +14,7 @@ import torch
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.kernel import Cells, Launch, Scratch
 from qc.backends.triton.linear import tiles
+from qc.backends.triton.linear.affine import Affine
 from qc.backends.triton.linear.coded import BLOCK, GROUP, Coded, CodedPart, transposed
 from qc.backends.triton.linear.looked import Looked
 from qc.backends.triton.linear.loop import Source, declare
@@ -149,7 +150,7 @@ class Streamed:
 
 def takes(term: Coded) -> bool:
     """Say whether a term is codes of 4 bits times factors of its outputs."""
-    if len(term.parts) != 1 or term.group % UNIT or isinstance(term, Looked):
+    if len(term.parts) != 1 or term.group % UNIT or isinstance(term, Looked | Affine):
         return False
     stream, factor = term.parts[0].stream, term.parts[0].factor
     if stream is None or factor is None or not depends_on(factor, ROW):
