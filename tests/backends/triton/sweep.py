@@ -32,6 +32,8 @@ STREAMED = (
     Case("int4·g128·zero", 64, 1024, 1, None, "residual", multiprocessors=1),
     Case("int4·g128", 80, 2048, 1, dtype="bf16", multiprocessors=1),
     Case("int4·g128", 80, 4096, 1, multiprocessors=1),
+    Case("int4·g128", 80, 1024, 1, None, "gated", multiprocessors=1),
+    Case("int4·g128·scale(uint8·row)", 64, 2048, 1, None, "gated", multiprocessors=1),
 )
 """More tiles of outputs than programs run at once: those take one after another."""
 
