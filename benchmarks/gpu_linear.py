@@ -30,6 +30,7 @@ from qc.ir.quantized import QuantizedTensor, quantize_activation
 from qc.ir.target import parse_machine
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.dense import dense_weight
+from qc.ir.weights.kept_groups import KeptGroupsFormat
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Term, TermFormat, Weight
 from qc.runtime.cuda.driver import Driver
@@ -47,8 +48,8 @@ WARM = 3
 @dataclass(frozen=True)
 class Problem:
     """One linear; `epilogue`: bias, SiLU and a residual behind it; `int8`: activations of 8 bits,
-    one scale a token; of e4m3 where weights are; `gated`: two weights, of a gate and of what it
-    gates, through a SiLU."""
+    one scale a token; of small floats where weights are; `gated`: two weights, of a gate and of
+    what it gates, through a SiLU."""
 
     format: str
     outer: int
@@ -68,6 +69,8 @@ class Problem:
     @property
     def inputs(self) -> ActivationFormat | None:
         """How activations are stored; None: in float16."""
+        if self.format == "nvfp4" and self.int8:
+            return ActivationFormat(4, 16, "e2m1")
         kind = "e4m3" if self.format.startswith("e4m3") else "int"
         return ActivationFormat(8, kind=kind) if self.int8 else None
 
@@ -121,7 +124,7 @@ def random_term(format: TermFormat, shape: tuple[int, int], device: str) -> Term
     for name, spec in format.arrays(shape).items():
         if spec.dtype.is_floating_point:
             arrays[name] = (torch.randn(spec.shape, device=device) / 8).to(spec.dtype)
-        elif name not in ("starts", "columns"):
+        elif name not in ("starts", "columns", "places"):
             limits = torch.iinfo(spec.dtype)
             arrays[name] = torch.randint(
                 limits.min, limits.max + 1, spec.shape, dtype=spec.dtype, device=device
@@ -137,16 +140,21 @@ def random_term(format: TermFormat, shape: tuple[int, int], device: str) -> Term
 def random_entries(
     format: TermFormat, shape: tuple[int, int], device: str
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Return the columns of randomly chosen entries, and where rows start."""
-    specs = format.arrays(shape)
-    (count,) = specs["columns"].shape
-    chosen = torch.randperm(shape[0] * shape[1], device=device)[:count].sort().values
-    rows = torch.bincount(chosen // shape[1], minlength=shape[0])
+    """Return the columns of randomly chosen entries, or the places of groups, and where rows
+    start; some rows keep many groups, others few."""
+    specs, width, chances = format.arrays(shape), shape[1], torch.zeros(1, device=device)
+    name = "columns"
+    if isinstance(format, KeptGroupsFormat):
+        name, width = "places", format.groups(shape)[1]
+        chances = torch.rand(shape[0], 1, device=device)
+    (count,) = specs[name].shape
+    scores = (torch.rand(shape[0], width, device=device) + chances).flatten()
+    chosen = scores.topk(count, sorted=False).indices.sort().values
+    rows = torch.bincount(chosen // width, minlength=shape[0])
     starts = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
     return {
-        "starts": starts.to(specs["starts"].dtype),
-        "columns": (chosen % shape[1]).to(specs["columns"].dtype),
-    }
+        "starts": starts.to(specs["starts"].dtype), name: (chosen % width).to(specs[name].dtype)
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

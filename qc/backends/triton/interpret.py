@@ -1,4 +1,5 @@
-"""Make Triton's interpreter run the inline PTX of device/fragments.py, exactly as PTX defines it.
+"""Make Triton's interpreter run the inline PTX of device/fragments.py, exactly as PTX defines it,
+and products of floats of 4 bits.
 
 For tests only. It works where TRITON_INTERPRET=1 was set before Triton was imported. What the
 emulation checks is our reading of PTX; that the assembler reads it so, a GPU has to confirm.
@@ -148,6 +149,35 @@ def create_inline_asm(
     return Results(handles)
 
 
+# ---------------------------------------------------------------- floats of 4 bits
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+"""Values of the codes without a sign. OCP Microscaling Formats 1.0, section 5.3.3."""
+
+
+def scaled_codes(codes: Any, scale: Any) -> Any:
+    """Return the values of e2m1 [rows, K], two codes in a byte of [rows, K / 2], times scales of
+    e4m3 [rows, groups]."""
+    pairs = np.stack((codes & 15, codes >> 4), -1).reshape(codes.shape[0], -1)
+    values = np.where(pairs & 8, np.float32(-1), np.float32(1)) * E2M1[pairs & 7]
+    bits: Any = (scale.astype(np.uint16) & 0x7F) << np.uint16(7)
+    factors = bits.view(np.float16).astype(np.float32) * 256  # its exponents are larger by 8
+    return values * np.repeat(factors, values.shape[1] // factors.shape[1], 1)
+
+
+def create_dot_scaled(
+    self: Any, left: Any, left_scale: Any, left_kind: Any, x: Any, x_scale: Any, x_kind: Any,
+    fast: bool, left_packed: bool, x_packed: bool, acc: Any,
+) -> Any:  # fmt: skip
+    """Stand in for the builder's method of this name, for e2m1 with scales of e4m3: Triton's knows
+    scales of e8m0 alone, and before 3.9 there is none."""
+    known = {tl.float8e4nv} == {each.dtype.scalar for each in (left_scale, x_scale)}
+    if not known or str(left_kind) != str(x_kind) or not (left_packed and x_packed):
+        raise NotImplementedError("products of blocks are emulated for e2m1 with scales of e4m3")
+    first, second = scaled_codes(left.data, left_scale.data), scaled_codes(x.data.T, x_scale.data)
+    return interpreter.TensorHandle(first @ second.T + acc.data, tl.float32)
+
+
 # ---------------------------------------------------------------- bfloat16
 
 ARITHMETIC = (
@@ -247,8 +277,8 @@ def count_by_numbers(method: Callable[..., Any], tensor: Any, scope: Any) -> Non
 
 
 def install() -> None:
-    """Teach the interpreter inline PTX and bfloat16; RuntimeError where Triton was not told to
-    interpret. A second call changes nothing."""
+    """Teach the interpreter inline PTX, floats of 4 bits and bfloat16; RuntimeError where Triton
+    was not told to interpret. A second call changes nothing."""
     from triton import knobs
 
     if not knobs.runtime.interpret:
@@ -256,6 +286,7 @@ def install() -> None:
     builder = interpreter.InterpreterBuilder
     if builder.__dict__.get("create_inline_asm") is not create_inline_asm:
         builder.create_inline_asm = create_inline_asm
+        builder.create_dot_scaled = create_dot_scaled
         teach_bfloat16(builder)
         patch = interpreter._patch_lang_tensor
         interpreter._patch_lang_tensor = partial(count_by_numbers, patch)

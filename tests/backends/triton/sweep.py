@@ -75,6 +75,43 @@ FP8 = tuple(
 )  # fmt: skip
 """Activations of e4m3: by weights of the same, by others, and where no tensor cores take them."""
 
+FP4 = tuple(
+    Case(format, outer, inner, rows, 16, epilogue, kind="e2m1", dtype=dtype, architecture=machine)
+    for format, outer, inner, rows, epilogue, dtype, machine in (
+        ("nvfp4", 128, 512, 1, "", "f16", "sm_120"),
+        ("nvfp4", 144, 192, 17, "gated", "f16", "sm_100"),
+        ("nvfp4", 256, 128, 70, "all", "f16", "sm_100"),
+        ("nvfp4", 40, 4096, 3, "bias", "f16", "sm_120"),
+        ("nvfp4 + rank8 + sparse1%", 64, 256, 3, "residual", "f16", "sm_120"),
+        ("nvfp4 + nvfp4", 64, 256, 5, "", "bf16", "sm_100"),
+        ("mxfp4", 64, 256, 3, "", "f16", "sm_120"),
+        ("nvfp4", 64, 96, 2, "", "f16", "sm_120"),
+        ("nvfp4", 64, 256, 5, "all", "f16", "sm_90"),
+    )
+)  # fmt: skip
+"""The same of e2m1; by parts, and by channels that are no whole instructions, too."""
+
+WIDENED = (
+    Case("nvfp4", 96, 512, 1),
+    Case("nvfp4", 50, 144, 5, None, "gated"),
+    Case("nvfp4 + rank8 + sparse1%", 64, 256, 20, None, "all"),
+    Case("nvfp4", 96, 4096, 3, None, "gated"),
+    Case("nvfp4", 64, 256, 33, 32, "gated"),
+)
+"""Floats of 4 bits with scales of e4m3 times float16."""
+
+KEPT = (
+    Case("kept50%·g16(int4·row·zero)", 200, 512, 1, None, "all", multiprocessors=2),
+    Case("kept10%·g16(int4·row·zero)", 300, 256, 2, None, "gated", multiprocessors=3),
+    Case("kept70%·g32(int4·row)", 70, 256, 3, None, "residual", multiprocessors=1),
+    Case("kept50%·g16(int4·row) + rank8", 64, 256, 1, 32, "residual", multiprocessors=1),
+    Case("kept40%·g64(int4·row)", 100, 320, 70, None, "gated", multiprocessors=2),
+    Case("kept50%·g32(uint4·row)", 64, 4096, 16, None, multiprocessors=9),
+    Case("kept50%·g16(int4·row·zero)", 200, 400, 33, None, "all", multiprocessors=3),
+    Case("kept50%·g16(int4·row·zero)", 64, 256, 9, None, "bias", fast=False),
+)
+"""Groups of whole words of 4 bits, in slices and in parts of them."""
+
 BUCKETS = tuple(
     Case("int4·g128", 128, 2048, rows, None, epilogue)
     for rows, epilogue in (
@@ -101,4 +138,6 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *STREAMED, *LOOKED, *AFFINE, *FP8, *BUCKETS]
+    return [
+        *examples(), *SUMS, *STREAMED, *LOOKED, *AFFINE, *FP8, *FP4, *WIDENED, *KEPT, *BUCKETS,
+    ]  # fmt: skip

@@ -18,10 +18,13 @@ from tests.backends.triton.linear_worker import Interpreter
 from tests.backends.triton.sweep import (
     AFFINE,
     BUCKETS,
+    FP4,
     FP8,
+    KEPT,
     LOOKED,
     STREAMED,
     SUMS,
+    WIDENED,
     all_cases,
     examples,
 )
@@ -39,10 +42,18 @@ QUICK = (
     *LOOKED,
     *AFFINE,
     *FP8[::2],
+    *FP4[::2],
+    *WIDENED,
+    *KEPT[:-1],
     *BUCKETS[:8:3],
 )
 
-BRAINS = (Case("int8·row", 48, 256, 3), Case("e4m3·row", 48, 256, 3), Case("signs2·g64", 48, 128))
+BRAINS = (
+    Case("int8·row", 48, 256, 3),
+    Case("e4m3·row", 48, 256, 3),
+    Case("signs2·g64", 48, 128),
+    KEPT[1],
+)
 """Codes that are unpacked to bfloat16 in another way than to float16."""
 
 
@@ -58,6 +69,7 @@ PORTABLE = (
     ),
     Case("int4·g128", 64, 512, 2, 256, architecture="gfx942"),
     replace(FP8[0], architecture="gfx942"),
+    *(replace(case, architecture="gfx942") for case in (FP4[0], KEPT[0], KEPT[4])),
 )
 """Codes that are unpacked without PTX, for GPUs of AMD's."""
 

@@ -19,7 +19,8 @@ class Source:
     """Rows that are multiplied: `channels` of each, in float16 or bfloat16. The kinds:
 
     rows       [rows, channels], or with before and after a view [.., before, channels, after]
-    quantized  codes, int8 or e4m3, and float32 scales, one for `group` channels
+    quantized  codes, int8 or e4m3, and float32 scales, one for `group` channels; or e2m1, two in a
+               byte, with scales of e4m3 and a float32 `factor` for each row
     codes      the codes alone, as bytes
     selected   the channels that an array names
     summed     the sum of `parts` float32 arrays [rows, channels]
@@ -36,12 +37,19 @@ class Source:
     """Of `selected`: the operand, the array, its dtype, the channels of `values`."""
     parts: int = 1
     code: str = "int8"
-    """What codes are: int8, or e4m3."""
+    """What codes are: int8, e4m3 or e2m1."""
+    factor: ArrayArgument | None = None
 
     @property
     def stride(self) -> int:
-        """The channels that `values` has."""
-        return self.channels if self.index is None else self.index[3]
+        """The elements of a row of `values`."""
+        channels = self.channels if self.index is None else self.index[3]
+        return channels // self.share
+
+    @property
+    def share(self) -> int:
+        """The channels that share an element of `values`."""
+        return 2 if self.code == "e2m1" else 1
 
 
 class Term(ABC):
@@ -87,6 +95,10 @@ class Loop:
     """Statements at the start of its body: what is loaded for the step after it."""
     moves: list[str] = field(default_factory=list)
     """Statements at the end of its body, which pass on what was loaded ahead."""
+    begins: list[str] = field(default_factory=list)
+    """Statements in front of the loop, behind those that clear accumulators."""
+    ends: list[str] = field(default_factory=list)
+    """Statements behind the loop."""
 
     @property
     def channels(self) -> int:
@@ -187,6 +199,12 @@ class Loop:
             self.moves.append(f"{name} = {then}")
         return name
 
+    def beside(self, emission: Emission, value: str) -> str:
+        """Begin an accumulator of a term's own; return its name."""
+        emission.bound += 1
+        self.begins.append(f"own{emission.bound} = {value}")
+        return f"own{emission.bound}"
+
     def sums(self, emission: Emission, start: int, size: int) -> str:
         """Write the sums of x over channels of the step, once; the same for all outputs."""
         key = f"sums {start} {size}"
@@ -241,7 +259,7 @@ def emit_loop(
     emission.begin()
     if isinstance(source.values, Scratch):
         emission.join()
-    for line in begin:
+    for line in (*begin, *loop.begins):
         emission.line(line)
     emission.line(places_of(source, lanes))
     if looped:
@@ -255,6 +273,8 @@ def emit_loop(
         emission.line(line)
     emission.lines += body
     emission.depth -= looped
+    for line in loop.ends:
+        emission.line(line)
 
 
 def places_of(source: Source, lanes: int) -> str:
@@ -276,7 +296,7 @@ def step_width(channels: int, terms: Sequence[Term], least: int) -> int:
 def declare(emission: Emission, source: Source) -> str:
     """Take what a source reads as parameters; return the name of its values."""
     bytes = dict.fromkeys(
-        ("quantized", "codes"), torch.uint8 if source.code == "e4m3" else torch.int8
+        ("quantized", "codes"), torch.int8 if source.code.startswith("int") else torch.uint8
     )
     dtype = {**bytes, "summed": torch.float32}.get(source.kind, emission.dtype)
     number = sum(1 for name in emission.parameters if name.startswith("x"))
@@ -287,6 +307,19 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
     """Return the call that loads a tile of x from channel `at` on."""
     channels = source.channels
     match source.kind:
+        case "quantized" if source.code == "e2m1":
+            assert source.scale is not None
+            assert source.factor is not None
+            scale = emission.array(f"{x}_scale", source.scale, torch.uint8)
+            factor = emission.array(f"{x}_factor", source.factor, torch.float32)
+            return (
+                f"fp4.row_tile({x}, {scale}, {factor}, rows, places, {at}, {channels}, "
+                f"{source.group}, {unit}, {emission.dtype_name})"
+            )
+        case "codes" if source.share > 1:
+            share = source.share
+            where = f"({at}) // {share}, {channels // share}, 1, {unit // share}"
+            return f"inputs.tile({x}, places, {where}, {even})"
         case "quantized":
             assert source.scale is not None
             scale = emission.array(f"{x}_scale", source.scale, torch.float32)

@@ -17,8 +17,10 @@ from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.finished import FinishedAlone, Loops
+from qc.backends.triton.linear.fp4 import Fp4Coded, Fp4Widened, fp4_tiling, widened_tiling
 from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.int8 import Int8Coded
+from qc.backends.triton.linear.kept import KeptGroups
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.planned import Planned
@@ -33,10 +35,12 @@ DEVICE = (
     "decode",
     "elementwise",
     "entries",
+    "fp4",
     "fp8",
     "fragments",
     "inputs",
     "int8",
+    "kept",
     "lanes",
     "portable",
     "products",
@@ -91,6 +95,8 @@ class LinearLaunches:
             return Variant(self.bucket, (streamed.launch(),))
         if (alone := FinishedAlone.of(self, stages)) is not None:
             return Variant(self.bucket, (self.launched(alone.launch()),))
+        if (kept := KeptGroups.alone(self, stages)) is not None:
+            return Variant(self.bucket, (kept.launch(),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -102,6 +108,9 @@ class LinearLaunches:
             roles = []
             for step in stages.steps:
                 if stages.level(step) == level:
+                    if (kept := KeptGroups.of(self, step)) is not None:
+                        launches.append(kept.launch())
+                        continue
                     role = self.step(step)
                     if beside and role.holds(self.bucket):
                         roles.append(role)
@@ -128,6 +137,13 @@ class LinearLaunches:
 
     def emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
         """Begin a function: its tile's rows and outputs."""
+        emission = self.plain_emission(name, tiling, outer, multiple)
+        emission.line(f"out = products.outputs(cell, BN, {outer})")
+        emission.line("block = products.first_block(cell, BN)")
+        return emission
+
+    def plain_emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
+        """Begin a function: its tile's rows."""
         emission = Emission(name, f"{name}: {outer} x {self.linear.inner}", DEVICE)
         target = self.linear.region.target
         emission.dtype = half_dtype(target)
@@ -137,8 +153,6 @@ class LinearLaunches:
         emission.size("ROWS", SizeArgument(self.rows))
         count = "ROWS" if multiple == 1 else f"ROWS * {multiple}"
         emission.line(f"rows = inputs.numbers(tile, BM, {count})")
-        emission.line(f"out = products.outputs(cell, BN, {outer})")
-        emission.line("block = products.first_block(cell, BN)")
         return emission
 
     def step(self, step: Step) -> Planned:
@@ -377,6 +391,10 @@ class LinearLaunches:
         """Choose the tile of a launch; `source` is what the main loop multiplies."""
         rows = LARGEST if self.bucket is None else self.bucket * multiple
         rows = min(LARGEST, 1 << (rows - 1).bit_length())
+        if source is not None and any(isinstance(term, Fp4Coded) for term in terms):
+            return fp4_tiling(rows, source.channels)
+        if source is not None and any(isinstance(term, Fp4Widened) for term in terms):
+            return widened_tiling(rows, len(terms))
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
         bytes = any(isinstance(term, Int8Coded | Fp8Coded) for term in terms)
@@ -439,7 +457,10 @@ def source_of(linear: LinearRegion) -> Source:
         return Source(ArrayArgument(operand), linear.inner)
     group = min(format.group or linear.inner, linear.inner)
     codes, scale = ArrayArgument(operand, "codes"), ArrayArgument(operand, "scale")
-    return Source(codes, linear.inner, "quantized", scale=scale, group=group, code=format.code)
+    factor = ArrayArgument(operand, "factor") if format.kind == "e2m1" else None
+    return Source(
+        codes, linear.inner, "quantized", scale=scale, group=group, code=format.code, factor=factor
+    )
 
 
 def linear_rule(region: Region) -> Call | None:

@@ -133,8 +133,8 @@ class Streamed:
             emission.line(f"{name} = {following}")
 
     def held(self, emission: Emission, weight: str | None) -> Held:
-        """Write the loads of tile `block` of a weight, whose outputs are `out`: of the first weight,
-        or of the one that `weight` is the number of."""
+        """Write the loads of tile `block` of a weight, whose outputs are `out`: of the first one,
+        or of that which `weight` is the number of."""
         term, lanes = self.terms[0], self.tiling.lanes
         place, bits = term.place, self.stream.bits
         planes = [each.plane(emission, self.stream, bits, 0) for each in self.terms]
