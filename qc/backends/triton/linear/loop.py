@@ -119,6 +119,11 @@ class Loop:
         return "out" if self.lanes == 1 else "lane_out"
 
     @property
+    def live(self) -> str:
+        """Which columns of a tile of x there are."""
+        return "live" if self.lanes == 1 else "loaded"
+
+    @property
     def size(self) -> str:
         """The number of rows of a tile."""
         return "BN" if self.lanes == 1 else f"BN * {self.lanes}"
@@ -245,7 +250,8 @@ def emit_loop(
     looped, before = loop.steps > 1 and not (alone and parts > 1), emission.lines
     emission.lines, emission.depth = [], emission.depth + looped
     for start in range(0, width, loop.unit):
-        tile = tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)
+        at = loop.at(start)
+        tile = tile_call(emission, source, x, at, loop.unit, loop.even, loop.live)
         loop.tiles.append(emission.bind(tile))
     for acc, term in terms:
         term.emit(emission, loop, acc)
@@ -262,6 +268,8 @@ def emit_loop(
     for line in (*begin, *loop.begins):
         emission.line(line)
     emission.line(places_of(source, lanes))
+    if lanes > 1:
+        emission.line(f"loaded = lanes.live(tile, BM, ROWS, {lanes})")
     if looped:
         emission.line(f"for step in tl.range({loop.first}, {loop.last}):")
         emission.depth += 1
@@ -303,7 +311,9 @@ def declare(emission: Emission, source: Source) -> str:
     return emission.array(f"x{number}", source.values, dtype)
 
 
-def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, even: bool) -> str:
+def tile_call(
+    emission: Emission, source: Source, x: str, at: str, unit: int, even: bool, live: str = "live"
+) -> str:  # fmt: skip
     """Return the call that loads a tile of x from channel `at` on."""
     channels = source.channels
     match source.kind:
@@ -319,13 +329,13 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
         case "codes" if source.share > 1:
             share = source.share
             where = f"({at}) // {share}, {channels // share}, 1, {unit // share}"
-            return f"inputs.tile({x}, places, {where}, {even})"
+            return f"inputs.tile({x}, places, {live}, {where}, {even})"
         case "quantized":
             assert source.scale is not None
             scale = emission.array(f"{x}_scale", source.scale, torch.float32)
             kind = "small_float" if source.code == "e4m3" else "quantized"
             return (
-                f"inputs.{kind}_tile({x}, {scale}, rows, places, {at}, {channels}, "
+                f"inputs.{kind}_tile({x}, {scale}, rows, places, {live}, {at}, {channels}, "
                 f"{source.group}, {unit}, {emission.dtype_name})"
             )
         case "selected":
@@ -338,4 +348,4 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
                 f"inputs.summed_tile({x}, places, {at}, ROWS * {channels}, {source.parts}, "
                 f"{channels}, {unit}, {emission.dtype_name})"
             )
-    return f"inputs.tile({x}, places, {at}, {channels}, {source.after}, {unit}, {even})"
+    return f"inputs.tile({x}, places, {live}, {at}, {channels}, {source.after}, {unit}, {even})"

@@ -153,6 +153,7 @@ class LinearLaunches:
         emission.size("ROWS", SizeArgument(self.rows))
         count = "ROWS" if multiple == 1 else f"ROWS * {multiple}"
         emission.line(f"rows = inputs.numbers(tile, BM, {count})")
+        emission.line(f"live = inputs.live(tile, BM, {count})")
         return emission
 
     def step(self, step: Step) -> Planned:
@@ -175,7 +176,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, 1, BN)"
+        )
         return Planned(emission, "copy", tiling, step.outer)
 
     def copy_across(self, step: Step) -> Planned:
@@ -186,7 +189,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.tile_across(tile, BM, {step.outer})")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, BM, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, BM, BN)"
+        )
         return Planned(emission, "across", tiling, step.outer)
 
     def load_copied(self, emission: Emission, source: Source, tiling: Tiling) -> None:
@@ -207,7 +212,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, 1, BN)"
+        )
         return Planned(emission, "entries", tiling, step.outer)
 
     def product(self, step: Step, term: Term) -> Planned:
@@ -223,12 +230,12 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
-            at = "out, rows, cell, part, ROWS"
+            at = "out, rows, live, cell, part, ROWS"
             emission.line(f"products.partial({target}, acc0, {at}, {step.outer}, BN)")
         else:
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
-            at = f"out, places, cell, {step.outer}, {after}"
+            at = f"out, places, live, cell, {step.outer}, {after}"
             emission.line(f"products.store({target}, acc0, {at}, BN)")
         return Planned(emission, "chain", tiling, step.outer, step.parts, multiple)
 
@@ -253,7 +260,7 @@ class LinearLaunches:
         for acc in self.accs:
             at = emission.array(f"{acc}_parts", self.partial(acc, parts), torch.float32)
             emission.line(
-                f"products.partial({at}, {acc}, out, rows, cell, part, ROWS, {outer}, BN)"
+                f"products.partial({at}, {acc}, out, rows, live, cell, part, ROWS, {outer}, BN)"
             )
         return Planned(emission, f"linear_{stages.rules}", tiling, outer, parts)
 
@@ -357,7 +364,7 @@ class LinearLaunches:
         y = emission.array("y", ArrayArgument(RESULT), emission.dtype)
         emission.line(f"places = inputs.places(rows, {self.linear.outer}, 1, 1)")
         emission.line(
-            f"products.store({y}, {result}, out, places, cell, {self.linear.outer}, 1, BN)"
+            f"products.store({y}, {result}, out, places, live, cell, {self.linear.outer}, 1, BN)"
         )
 
     def launched(self, planned: Planned) -> Launch:
