@@ -13,6 +13,7 @@ from qc.backends.triton.emit import WHERE, Emission, combined
 from qc.backends.triton.kernel import Call, Cells, Grid, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear import tiles
+from qc.backends.triton.linear.affine import Affine
 from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
@@ -415,6 +416,9 @@ class LinearLaunches:
         bits = sum(term.bits for term in terms if isinstance(term, Coded))
         group = min(term.group for term in terms if isinstance(term, Coded))
         architectures = gpu.architectures if gpu else ()
+        made = all(isinstance(term, Affine) for term in terms)
+        if made and self.linear.outer >= tiles.MANY_OUTPUTS:
+            rows = max(rows, tiles.FEW)
         found = tiles.coded_tilings(
             tiles.MANY if self.bucket is None and len(terms) == 1 else rows,
             self.linear.outer,
@@ -423,7 +427,7 @@ class LinearLaunches:
             group,
             architectures,
             self.alone,
-            min(term.bits for term in terms if isinstance(term, Coded)),
+            4 if made else min(term.bits for term in terms if isinstance(term, Coded)),
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, copied // chosen.lanes))

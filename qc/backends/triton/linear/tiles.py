@@ -32,6 +32,8 @@ MANY_OUTPUTS = 8192
 """Outputs from which on tiles of 64 are as many programs as multiprocessors."""
 SHORT = 1024
 """Channels below which tiles without lanes do where there are as many outputs."""
+FEW = 4
+"""Rows of the tile for few rows."""
 LARGEST, MANY = 64, 128
 """Rows of a tile where nothing else was measured, and where there is any number of them."""
 AT_ONCE = 3
@@ -53,7 +55,7 @@ def coded_tilings(
         yield from without_spills(bits > narrowest, group, set(architectures) == {MEASURED})
     if MEASURED in architectures and NARROW not in architectures:
         if rows <= 4 and 3 <= bits <= 4:
-            if bits == 4 or rows == 1:
+            if bits == 4 or (rows == 1 and outer <= inner):
                 yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
             yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
             if bits == 4 and alone and inner < SHORT <= outer:
