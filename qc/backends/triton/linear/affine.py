@@ -34,7 +34,7 @@ from qc.ir.weights.weight import Weight
 
 LARGEST_GROUP, LARGEST_OF_TABLES, LARGEST_WITH_OFFSET = 32, 64, 128
 """Channels of a group up to which weights are made: of integers, of what is looked up, and where
-there are offsets. Measured: decision 028."""
+there are offsets. Measured: decision 029."""
 
 
 @dataclass(frozen=True)
