@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +26,7 @@ from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.backends.triton.linear.streamed import Streamed
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
 from qc.backends.triton.storage import half_dtype
+from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
@@ -39,6 +40,7 @@ DEVICE = (
     "lanes",
     "portable",
     "products",
+    "ranks",
     "streams",
     "turns",
 )
@@ -332,9 +334,16 @@ class LinearLaunches:
         for number, (acc, _) in enumerate(entries):
             emission.line(f"{acc} += extra{number}")
 
-    def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
-        """Write what follows the products, and the store."""
+    def load_extras(self, emission: Emission) -> dict[Node, str]:
+        """Write the loads of what the epilogue reads; return the names."""
         epilogue = Epilogue(emission, self.linear, {})
+        return {node: epilogue.value(node) for node in self.linear.extras}
+
+    def emit_epilogue(
+        self, emission: Emission, accs: list[str], loaded: Mapping[Node, str] | None = None
+    ) -> None:  # fmt: skip
+        """Write what follows the products, and the store; some operands may be `loaded`."""
+        epilogue = Epilogue(emission, self.linear, dict(loaded or {}))
         for node, acc in zip(self.linear.linears, accs, strict=True):
             epilogue.product(node, acc)
         result = epilogue.value(self.linear.region.root)

@@ -94,12 +94,12 @@ def without_spills(several: bool, group: int, measured: bool) -> Iterator[Tiling
 
 
 def streamed(
-    outer: int, inner: int, group: int, weights: int, multiprocessors: int,
+    outer: int, inner: int, group: int, weights: int, alone: bool, multiprocessors: int,
     architectures: Collection[str],
 ) -> Tiling | None:  # fmt: skip
     """Return the tile of programs that take tiles of outputs of `weights` one after another, for
-    one row and codes of 4 bits; None where all tiles run at once, or where x or the factors of many
-    groups do not stay in registers. Measured, for groups of 64 too: 13.0 us instead of 12.7."""
+    one row and codes of 4 bits; None where all tiles run at once and are `alone`, or where x or the
+    factors of many groups do not stay in registers. Measured, for groups of 64 too: 13.0 us instead of 12.7."""
     if MEASURED not in architectures or NARROW in architectures:
         return None
     found = Tiling(16, 1, 8, 1, lanes=8, most_registers=128)
@@ -107,7 +107,7 @@ def streamed(
     if outer % found.outputs or not fits:
         return None
     many = outer // found.outputs * weights > AT_ONCE * multiprocessors
-    return found if many else None
+    return found if many or not alone else None
 
 
 def few_rows(rows: int, outer: int, inner: int, at_once: bool) -> Iterator[Tiling]:
