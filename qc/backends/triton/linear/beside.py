@@ -9,7 +9,6 @@ the registers that codes wait in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Protocol
@@ -17,7 +16,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from qc.backends.region import ArrayArgument
 from qc.backends.triton.emit import Emission
+from qc.backends.triton.kernel import Scratch
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
@@ -59,7 +60,7 @@ class Listed:
     work: EntriesOf
     together: int
     """Entries of an output that are loaded at once."""
-    follows = False
+    follows: ClassVar[bool] = False
     held: str = ""
 
     @property
@@ -97,7 +98,7 @@ class LowRank:
     up: Place
     programs: int
     size: int
-    follows = True
+    follows: ClassVar[bool] = True
     held: str = ""
 
     @property
@@ -225,12 +226,12 @@ def listed(step: Step, source: Source, outputs: int) -> Listed | None:
 
 
 def low_rank(
-    step: Step, source: Source, others: dict[object, Sequence[tuple[str, Term]]], programs: int
+    step: Step, source: Source, others: dict[ArrayArgument | Scratch, list[tuple[str, Term]]], programs: int
 ) -> LowRank | None:
     """View a step as the first one of two of a chain, and take the second one out of `others`."""
     if not isinstance(step.work, Term) or step.source != source:
         return None
-    terms = others.get(step.target, ())
+    terms = others.get(step.target, [])
     if len(terms) != 1:
         return None
     down, up = getattr(step.work, "place", None), getattr(terms[0][1], "place", None)

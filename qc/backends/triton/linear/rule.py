@@ -364,7 +364,9 @@ class LinearLaunches:
         self.repack |= emission.repack
         for axis, name in reversed(list(enumerate(WHERE))):
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
-        return emission.launch(rule, grid, tiling.warps, tiling.stages, tiling.most_registers)
+        return emission.launch(
+            rule, grid, tiling.warps, tiling.stages, tiling.most_registers, tiling.most_programs
+        )
 
     def together(self, planned: Sequence[Planned]) -> list[Launch]:
         """Close functions that share a launch."""
