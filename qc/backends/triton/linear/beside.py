@@ -226,7 +226,10 @@ def listed(step: Step, source: Source, outputs: int) -> Listed | None:
 
 
 def low_rank(
-    step: Step, source: Source, others: dict[ArrayArgument | Scratch, list[tuple[str, Term]]], programs: int
+    step: Step,
+    source: Source,
+    others: dict[ArrayArgument | Scratch, list[tuple[str, Term]]],
+    programs: int,
 ) -> LowRank | None:
     """View a step as the first one of two of a chain, and take the second one out of `others`."""
     if not isinstance(step.work, Term) or step.source != source:

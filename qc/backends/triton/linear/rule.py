@@ -260,7 +260,8 @@ class LinearLaunches:
         if parts > 1 and not beside:
             launches.append(self.launched(self.loop(stages, loops)))
         if parts > 1 or beside:
-            tiling = replace(tiling, outputs=32, stages=1)  # it waits rather than works
+            # it waits rather than works
+            tiling = replace(tiling, outputs=32, stages=1, most_programs=None)
             emission = self.emission("finish", tiling, outer, 1)
             loops = loops[1:]
             begin = [self.summed(emission, acc, parts) for acc in self.accs]
