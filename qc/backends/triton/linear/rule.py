@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,6 +29,7 @@ from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.backends.triton.linear.streamed import Streamed
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
 from qc.backends.triton.storage import half_dtype
+from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
@@ -45,6 +46,7 @@ DEVICE = (
     "lanes",
     "portable",
     "products",
+    "ranks",
     "streams",
     "tables",
     "turns",
@@ -282,7 +284,8 @@ class LinearLaunches:
         if parts > 1 and not beside:
             launches.append(self.launched(self.loop(stages, loops)))
         if parts > 1 or beside:
-            tiling = replace(tiling, outputs=32, stages=1)  # it waits rather than works
+            # it waits rather than works
+            tiling = replace(tiling, outputs=32, stages=1, most_programs=None)
             emission = self.emission("finish", tiling, outer, 1)
             loops = loops[1:]
             begin = [self.summed(emission, acc, parts) for acc in self.accs]
@@ -356,9 +359,16 @@ class LinearLaunches:
         for number, (acc, _) in enumerate(entries):
             emission.line(f"{acc} += extra{number}")
 
-    def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
-        """Write what follows the products, and the store."""
+    def load_extras(self, emission: Emission) -> dict[Node, str]:
+        """Write the loads of what the epilogue reads; return the names."""
         epilogue = Epilogue(emission, self.linear, {})
+        return {node: epilogue.value(node) for node in self.linear.extras}
+
+    def emit_epilogue(
+        self, emission: Emission, accs: list[str], loaded: Mapping[Node, str] | None = None
+    ) -> None:  # fmt: skip
+        """Write what follows the products, and the store; some operands may be `loaded`."""
+        epilogue = Epilogue(emission, self.linear, dict(loaded or {}))
         for node, acc in zip(self.linear.linears, accs, strict=True):
             epilogue.product(node, acc)
         result = epilogue.value(self.linear.region.root)
@@ -379,7 +389,9 @@ class LinearLaunches:
         self.repack |= emission.repack
         for axis, name in reversed(list(enumerate(WHERE))):
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
-        return emission.launch(rule, grid, tiling.warps, tiling.stages, tiling.most_registers)
+        return emission.launch(
+            rule, grid, tiling.warps, tiling.stages, tiling.most_registers, tiling.most_programs
+        )
 
     def together(self, planned: Sequence[Planned]) -> list[Launch]:
         """Close functions that share a launch."""
