@@ -47,15 +47,3 @@ def within(number, FIRST: tl.constexpr, CELLS: tl.constexpr):
     """Return the tile of outputs of a program of a role, and its part of the channels."""
     local = number - FIRST
     return local % CELLS, local // CELLS
-
-
-@triton.jit
-def ask(start, FIRST, STOP, LINES: tl.constexpr):
-    """Ask for elements FIRST to STOP of an array, LINES of 128 bytes at most, so that they are in
-    the cache of the GPU when they are loaded."""
-    SIZE: tl.constexpr = 128 // (start.dtype.element_ty.primitive_bitwidth // 8)
-    at = FIRST + tl.arange(0, LINES) * SIZE
-    at = tl.minimum(at, STOP - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [start + at], tl.int32, False, 1
-    )  # fmt: skip

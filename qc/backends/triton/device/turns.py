@@ -19,27 +19,3 @@ def last(turns, cell, COUNT: tl.constexpr):
     if found:
         tl.store(turns + cell, 0)
     return found
-
-
-@triton.jit
-def arrive(turns):
-    """Say that this program has stored what others of its launch wait for."""
-    tl.debug_barrier()  # all threads have stored
-    tl.atomic_add(turns, 1)
-
-
-@triton.jit
-def wait(turns, COUNT: tl.constexpr):
-    """Wait until COUNT programs have arrived: what they stored can be read then."""
-    arrived = tl.atomic_add(turns, 0)
-    while arrived < COUNT:
-        arrived = tl.atomic_add(turns, 0)
-
-
-@triton.jit
-def leave(turns, COUNT: tl.constexpr):
-    """Say that this program, of COUNT that wait, is done; the last one leaves zeros."""
-    if tl.atomic_add(turns + 1, 1) == COUNT - 1:
-        tl.store(turns, 0)
-        tl.store(turns + 1, 0)
-        tl.store(turns + 2, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -26,7 +25,6 @@ from qc.backends.triton.linear.planned import Planned
 from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.backends.triton.linear.streamed import Streamed
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
-from qc.backends.triton.linear.together import KNOBS, Together
 from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
 
@@ -76,8 +74,6 @@ class LinearLaunches:
     repack: dict[tuple[int, str], Repack] = field(default_factory=dict)
     alone: bool = True
     """Nothing runs beside the loop."""
-    early: Any = None
-    known: Any = None
     crowded: bool = False
     """Programs for entries of several rows fill the GPU beside the loop."""
 
@@ -93,8 +89,6 @@ class LinearLaunches:
             return Variant(self.bucket, (streamed.launch(),))
         if (alone := FinishedAlone.of(self, stages)) is not None:
             return Variant(self.bucket, (self.launched(alone.launch()),))
-        if (one := Together.of(self, stages)) is not None:
-            return Variant(self.bucket, (one.launch(),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -168,9 +162,9 @@ class LinearLaunches:
         emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
         return Planned(emission, "copy", tiling, step.outer)
 
-    def copy_across(self, step: Step, width: int = 64) -> Planned:
+    def copy_across(self, step: Step) -> Planned:
         """Write a copy of x with the rows of each tile side by side."""
-        tiling = Tiling(width, step.tile, 4, 1)
+        tiling = Tiling(64, step.tile, 4, 1)
         emission = self.emission("across", tiling, step.outer, 1)
         self.load_copied(emission, step.source, tiling)
         emission.join()
@@ -321,19 +315,13 @@ class LinearLaunches:
                 emission.line(line)
             if single and loops:
                 emission.line("entry_rows = inputs.numbers(tile, 1, ROWS)")
-            if KNOBS["extra"] == "front" and self.bucket == 16:
-                self.known = Epilogue(emission, self.linear, {})
-                for node in self.linear.extras:
-                    self.known.value(node)
             for number, loop in enumerate(loops):
                 emission.line(f"extra{number} = products.zeros(BN, {tile.rows})")
                 loop.emit_products(f"extra{number}")
 
         for loop in loops:
             loop.emit_bounds()
-        early = emission.written(self.early or load)
-        if KNOBS["plain_ask"] and self.early is None and self.bucket == 16:
-            early += emission.written(lambda: ask_bias(self, emission, tiling))
+        early = emission.written(load)
         emit_loop(
             emission, source, looped, parts, tiling.width, emission.written(multiply), lanes,
             tiling.registers, self.linear.outer, tiling.unit, early,
@@ -344,15 +332,9 @@ class LinearLaunches:
         for number, (acc, _) in enumerate(entries):
             emission.line(f"{acc} += extra{number}")
 
-    def emit_epilogue(self, emission: Emission, accs: list[str], known: Epilogue | None = None) -> None:
+    def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
         """Write what follows the products, and the store."""
-        if known is None and self.known is not None and self.known.emission is emission:
-            known = self.known
-        if known is None and KNOBS["extra"] == "grouped":
-            known = Epilogue(emission, self.linear, {})
-            for node in self.linear.extras:
-                known.value(node)
-        epilogue = known or Epilogue(emission, self.linear, {})
+        epilogue = Epilogue(emission, self.linear, {})
         for node, acc in zip(self.linear.linears, accs, strict=True):
             epilogue.product(node, acc)
         result = epilogue.value(self.linear.region.root)
@@ -437,14 +419,6 @@ class LinearLaunches:
         least = LEAST_STEPS_OF_MANY if many else LEAST_STEPS
         parts = max(1, min(MOST_PARTS, -(-PROGRAMS * multiprocessors // programs), steps // least))
         return -(-steps // -(-steps // parts))  # without those that would have nothing to do
-
-
-def ask_bias(owner, emission, tiling):
-    from qc.backends.triton.linear.epilogue import decoded
-    for linear in owner.linear.linears:
-        for node in linear.inputs[2:]:
-            name = emission.weight(owner.linear.operand(node), "decoded", torch.float32, decoded)
-            emission.line(f"launches.ask({name}, cell * BN, (cell + 1) * BN, {max(1, tiling.outputs * 4 // 128)})")
 
 
 def divides(source: Source, terms: Sequence[Term], tiling: Tiling) -> bool:

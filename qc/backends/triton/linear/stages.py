@@ -202,10 +202,6 @@ class Stages:
 
     def at_once(self, place: Place) -> bool:
         """Say whether each part of a step of a chain is loaded at once."""
-        from qc.backends.triton.linear.together import KNOBS
-
-        if KNOBS["at_once"] and self.tile == 16 and place.outer <= MOST_OUTPUTS:
-            return True
         if self.tile > SOME_ROWS or place.outer > MOST_OUTPUTS:
             return False
         return place.inner <= SHORT or (self.tile == 1 and LONG <= place.inner <= LONGEST)
