@@ -6,7 +6,8 @@
 
 tests      the GPU part of the test suite
 linears    every linear of Llama-3.1-8B and SmolLM2-135M in several formats, for several numbers of
-           rows, beside torch's float16 product, its int4 product, and gemlite's where it is there
+           rows, beside torch's float16 product, its int4 product, and those of gemlite and Marlin
+           where they are there (--marlin LIBRARY, see benchmarks/marlin/launch.cu)
 decode     whole decode steps of both shapes as CUDA graphs, beside torch in bfloat16
 verify     every kernel of an artifact against what it must compute
 
@@ -30,7 +31,7 @@ import torch
 
 import qc
 from benchmarks import gpu_decode, gpu_linear, gpu_peers
-from benchmarks.gpu_linear import Bench, Problem
+from benchmarks.gpu_linear import GOOD, Bench, Problem
 from qc.runtime.cuda.driver import Driver, find_driver
 
 LLAMA = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
@@ -52,7 +53,6 @@ FORMATS = (
 PLAIN_ONLY = 1 << 28
 """Weights of a matrix from which on only plain formats are measured: others would take long."""
 CHECKED = (4096, 4096), (1, 16, 64)
-GOOD = 2e-3
 
 
 @dataclass
@@ -121,7 +121,9 @@ def time_linears(report: Report, options: argparse.Namespace) -> None:
         for rows in ROWS:
             key = problem.outer, problem.inner, rows
             if key not in peers:
-                peers[key] = dict(gpu_peers.rows(problem.outer, problem.inner, rows))
+                peers[key] = dict(
+                    gpu_peers.rows(problem.outer, problem.inner, rows, options.marlin)
+                )
             report.add("linears", linear_row(bench, rows, bandwidth, peers[key]))
         del bench
         torch.cuda.empty_cache()
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--every", type=int, default=1, help="measure every n-th linear")
+    parser.add_argument("--marlin", type=Path, help="Marlin's library: see benchmarks/marlin")
     parser.add_argument("--compile", action="store_true", help="torch.compile, too: minutes")
     options = parser.parse_args()
     report = Report(options.output.with_suffix(".json"))

@@ -30,6 +30,7 @@ from qc.ir.quantized import QuantizedTensor, quantize_activation
 from qc.ir.target import parse_machine
 from qc.ir.types import ActivationFormat, TensorType, symbol
 from qc.ir.weights.dense import dense_weight
+from qc.ir.weights.kept_groups import KeptGroupsFormat
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import Term, TermFormat, Weight
 from qc.runtime.cuda.driver import Driver
@@ -38,6 +39,8 @@ ROWS = symbol("rows")
 CACHED = 256 << 20
 """Bytes that all copies of a weight have at least: four times what an H200 caches."""
 MOST_COPIES = 64
+GOOD = 2e-3
+"""Error of a product in float16, at most."""
 REPLAYS = 20
 WARM = 3
 
@@ -45,31 +48,40 @@ WARM = 3
 @dataclass(frozen=True)
 class Problem:
     """One linear; `epilogue`: bias, SiLU and a residual behind it; `int8`: activations of 8 bits,
-    one scale a token; of e4m3 where weights are."""
+    one scale a token; of small floats where weights are; `gated`: two weights, of a gate and of
+    what it gates, through a SiLU."""
 
     format: str
     outer: int
     inner: int
     epilogue: bool = False
     int8: bool = False
+    gated: bool = False
 
     @property
     def label(self) -> str:
         """Name what is stored and multiplied."""
         behind = ", bias SiLU residual" if self.epilogue else ""
+        behind += ", gate and up" if self.gated else ""
         inputs = f", {self.inputs.code} inputs" if self.inputs else ""
         return f"{self.format}{inputs}{behind}"
 
     @property
     def inputs(self) -> ActivationFormat | None:
         """How activations are stored; None: in float16."""
+        if self.format == "nvfp4" and self.int8:
+            return ActivationFormat(4, 16, "e2m1")
         kind = "e4m3" if self.format.startswith("e4m3") else "int"
         return ActivationFormat(8, kind=kind) if self.int8 else None
 
-    def node(self, weight: Weight) -> Node:
+    def node(self, weights: Sequence[Weight]) -> Node:
         """Return the linear as a fused node."""
         x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, self.inputs)))
-        w = make(ops.Parameter(weight))
+        w, *others = (make(ops.Parameter(weight)) for weight in weights)
+        if self.gated:
+            gate, value = make(ops.Linear(), x, w), make(ops.Linear(), x, *others)
+            root = make(ops.GatedActivation("silu"), gate, value)
+            return fuse("linear", root, frozenset({gate, value, root}))
         if not self.epilogue:
             root = make(ops.Linear(), x, w)
             return fuse("linear", root, frozenset({root}))
@@ -80,15 +92,24 @@ class Problem:
         root = make(ops.Binary("add"), residual, active)
         return fuse("linear", root, frozenset({product, active, root}))
 
-    def planned(self) -> Weight:
-        """Return a weight without values."""
-        return parse_weights(self.format).planned("w", (self.outer, self.inner), torch.float32)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the weights."""
+        return ("w", "v") if self.gated else ("w",)
 
-    def weight(self, device: str) -> Weight:
-        """Return a weight of random stored values."""
+    def planned(self) -> list[Weight]:
+        """Return the weights without values."""
+        shape, format = (self.outer, self.inner), parse_weights(self.format)
+        return [format.planned(name, shape, torch.float32) for name in self.names]
+
+    def weights(self, device: str) -> list[Weight]:
+        """Return weights of random stored values."""
         shape, formats = (self.outer, self.inner), parse_weights(self.format).terms
         with torch.device(device):  # where checks of what is stored make their tables, too
-            return Weight("w", shape, tuple(random_term(each, shape, device) for each in formats))
+            return [
+                Weight(name, shape, tuple(random_term(each, shape, device) for each in formats))
+                for name in self.names
+            ]
 
     def call(self, node: Node, architecture: int) -> Call:
         """Ask the rule how the linear runs."""
@@ -103,7 +124,7 @@ def random_term(format: TermFormat, shape: tuple[int, int], device: str) -> Term
     for name, spec in format.arrays(shape).items():
         if spec.dtype.is_floating_point:
             arrays[name] = (torch.randn(spec.shape, device=device) / 8).to(spec.dtype)
-        elif name not in ("starts", "columns"):
+        elif name not in ("starts", "columns", "places"):
             limits = torch.iinfo(spec.dtype)
             arrays[name] = torch.randint(
                 limits.min, limits.max + 1, spec.shape, dtype=spec.dtype, device=device
@@ -119,16 +140,21 @@ def random_term(format: TermFormat, shape: tuple[int, int], device: str) -> Term
 def random_entries(
     format: TermFormat, shape: tuple[int, int], device: str
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Return the columns of randomly chosen entries, and where rows start."""
-    specs = format.arrays(shape)
-    (count,) = specs["columns"].shape
-    chosen = torch.randperm(shape[0] * shape[1], device=device)[:count].sort().values
-    rows = torch.bincount(chosen // shape[1], minlength=shape[0])
+    """Return the columns of randomly chosen entries, or the places of groups, and where rows
+    start; some rows keep many groups, others few."""
+    specs, width, chances = format.arrays(shape), shape[1], torch.zeros(1, device=device)
+    name = "columns"
+    if isinstance(format, KeptGroupsFormat):
+        name, width = "places", format.groups(shape)[1]
+        chances = torch.rand(shape[0], 1, device=device)
+    (count,) = specs[name].shape
+    scores = (torch.rand(shape[0], width, device=device) + chances).flatten()
+    chosen = scores.topk(count, sorted=False).indices.sort().values
+    rows = torch.bincount(chosen // width, minlength=shape[0])
     starts = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
     return {
-        "starts": starts.to(specs["starts"].dtype),
-        "columns": (chosen % shape[1]).to(specs["columns"].dtype),
-    }
+        "starts": starts.to(specs["starts"].dtype), name: (chosen % width).to(specs[name].dtype)
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,17 +176,17 @@ class Bench:
     overlapping: bool = True
 
     @cached_property
-    def weight(self) -> Weight:
-        return self.problem.weight("cuda")
+    def weights(self) -> list[Weight]:
+        return self.problem.weights("cuda")
 
     @cached_property
     def node(self) -> Node:
-        return self.problem.node(self.weight)
+        return self.problem.node(self.weights)
 
     @property
     def bytes(self) -> int:
-        """Stored bytes of the weight."""
-        return sum(term.bits for term in self.weight.terms) // 8
+        """Stored bytes of the weights."""
+        return sum(term.bits for weight in self.weights for term in weight.terms) // 8
 
     @property
     def copies(self) -> int:
@@ -213,17 +239,23 @@ class Bench:
 
     def expected(self, values: Sequence[Any]) -> Tensor:
         """Return the result in float64."""
-        with torch.device("cuda"):
-            dense = sum(term.dense().double() for term in self.weight.terms)
         x = values[0]
         rows = (x.dequantize() if isinstance(x, QuantizedTensor) else x).cuda().double()
-        product: Tensor = rows @ dense.T
+        product, *others = (rows @ dense_of(weight).T for weight in self.weights)
+        if self.problem.gated:
+            return torch.nn.functional.silu(product) * others[0]
         if not self.problem.epilogue:
             return product
         (bias,) = (v for v in values if isinstance(v, Weight) and len(v.shape) == 1)
         (residual,) = (v for v in values[1:] if isinstance(v, Tensor))
         active = torch.nn.functional.silu(product + bias.dense().cuda().double())
         return residual.cuda().double() + active
+
+
+def dense_of(weight: Weight) -> Tensor:
+    """Return a weight in float64."""
+    with torch.device("cuda"):
+        return torch.stack([term.dense().double() for term in weight.terms]).sum(0)
 
 
 def operands(node: Node, rows: int) -> list[Any]:

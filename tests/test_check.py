@@ -92,6 +92,32 @@ def test_the_torch_target_takes_everything_and_promises_nothing(canonical: Canon
     assert not report.speedups
 
 
+@pytest.mark.parametrize(
+    ("recipe", "machine", "code", "lacking"),
+    [
+        ("fp4", "cuda:sm_90+sm_120", "e2m1", "sm_90"),
+        ("fp8", "cuda:sm_80+sm_86+sm_90", "e4m3", "sm_80, sm_86"),
+        ("fp4", "cuda:sm_100+sm_120", "e2m1", None),
+        ("fp8", "cuda:sm_89", "e4m3", None),
+    ],
+)
+def test_products_of_small_floats_are_named_where_they_are_missing(
+    recipe: str, machine: str, code: str, lacking: str | None
+) -> None:
+    model = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 72), nn.Linear(72, 8))
+    report = qc.trace(model, torch.zeros(3, 64)).canonicalize().check(machine, recipe)
+    assert any("linear_" + recipe in row.kernel for row in report.rows) == (lacking is None)
+    count = 3 if recipe == "fp8" else 2  # 72 channels are no whole groups of 16
+    assert [note for note in report.notes if "inputs multiply" in note] == (
+        []
+        if lacking is None
+        else [
+            f"{count} of {count} linears with {code} inputs multiply in float16: "
+            f"no products of {code} on {lacking}"
+        ]
+    )
+
+
 def test_no_value_is_computed(canonical: CanonicalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RoundToNearest, "quantize", no_values)
     monkeypatch.setattr("qc.passes.quantize.tables.stored_as", no_values)

@@ -26,15 +26,16 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 CONTEXT = 128
 
 
-def llama_folder(base: Path) -> Path:
+def llama_folder(base: Path, hidden: int = 56, intermediate: int = 72) -> Path:
     """Write the model: one block, ragged sizes, weights far enough from zero to disagree."""
-    folder = base / "tiny-llama"
+    folder = base / ("tiny-llama" if hidden == 56 else f"tiny-llama-{hidden}")
     if folder.is_dir():
         return folder
     tokenizer = byte_level_tokenizer()
     config = LlamaConfig(
-        hidden_size=56, intermediate_size=72, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT,
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
         bos_token_id=None, eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
     )  # fmt: skip
     with torch.random.fork_rng():

@@ -13,7 +13,7 @@ from qc.checking.roofline import ROWS, flat_from, speedup
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.graph import Graph
-from qc.ir.target import Target
+from qc.ir.target import GPUS, ROCM, Target
 from qc.ir.weights.weight import Weight
 from qc.passes.pipeline import Context, Pipeline, Refusal
 from qc.passes.plan.fuse import Fuse
@@ -89,14 +89,25 @@ def check_graph(canonical: Graph, passes: Pipeline, target: Target, source: str)
 
 
 def small_float_notes(linears: Sequence[PlannedLinear], target: Target) -> list[str]:
-    """Say where activations of e4m3 meet no tensor cores that multiply them."""
-    reading = [x for x in linears if x.activation is not None and x.activation.kind == "e4m3"]
-    widened = [x for x in reading if not any("fp8" in rule for rule in x.rules)]
-    if target.gpu is None or not widened:
+    """Say where activations of small floats meet no tensor cores that multiply them."""
+    if target.gpu is None:
         return []
-    name = {"f16": "float16", "bf16": "bfloat16"}[target.gpu.dtype]
-    why = "" if "f8" in target.gpu.products else f": {target} has no products of e4m3"
-    return [f"{len(widened)} of {len(reading)} linears with e4m3 inputs multiply in {name}{why}"]
+    wide = {"f16": "float16", "bf16": "bfloat16"}[target.gpu.dtype]
+    notes = []
+    for code, (product, name) in SMALL_FLOATS.items():
+        reading = [x for x in linears if x.activation is not None and x.activation.kind == code]
+        widened = [x for x in reading if not any(name in rule for rule in x.rules)]
+        if widened:
+            known = {**GPUS, **ROCM}
+            lacking = [a for a in target.gpu.architectures if product not in known[a].products]
+            why = f": no products of {code} on {', '.join(lacking)}" if lacking else ""
+            count = f"{len(widened)} of {len(reading)} linears"
+            notes.append(f"{count} with {code} inputs multiply in {wide}{why}")
+    return notes
+
+
+SMALL_FLOATS = {"e4m3": ("f8", "fp8"), "e2m1": ("f4", "fp4")}
+"""Codes of activations: the fact of a GPU that multiplies them, and the rule that asks for it."""
 
 
 def folded(linears: Sequence[PlannedLinear], target: Target) -> list[CheckedLinear]:

@@ -91,7 +91,8 @@ def require_int_activations(graph: Graph, target: Target) -> None:
         if format is not None and format.kind != "int":
             raise UnsupportedError(
                 f"no kernel of {target} reads activations of {format.code}: recipe w8 has int8 "
-                "ones, w8a16 leaves them as they are; GPUs from sm_89 on multiply e4m3",
+                "ones, w8a16 leaves them as they are; GPUs multiply e4m3 from sm_89 on, "
+                "e2m1 from sm_100 on",
                 origin=node.origin.module or None,
             )
 

@@ -716,6 +716,8 @@ class Quantize(Op):
 
     def infer(self, x: TensorType) -> ValueType:
         same_float(x)
+        if not self.format.takes(x.shape[-1]):
+            raise ValueError(f"{shape_text(x.shape)} is no whole number of groups of {self.format}")
         return TensorType(x.shape, x.dtype, self.format)
 
     def meaning(self, x: Tensor, *, sizes: Sizes) -> QuantizedTensor:

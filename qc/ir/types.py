@@ -97,7 +97,8 @@ def shape_text(shape: tuple[Dim, ...]) -> str:
 class ActivationFormat:
     """How a quantized activation is stored: symmetric codes with one float32 scale for every
     `group` consecutive channels of a token (`group=None`: one for the whole token). A code is an
-    int8, or a float of 8 bits: `kind` "e4m3"."""
+    int8, or by `kind` a float: "e4m3" of 8 bits, or "e2m1" of 4, whose scales are e4m3 with a
+    float32 factor for each token (NVFP4)."""
 
     bits: int = 8
     group: int | None = None
@@ -106,12 +107,19 @@ class ActivationFormat:
     @property
     def limit(self) -> float:
         """The largest code."""
-        return 448.0 if self.kind == "e4m3" else float(2 ** (self.bits - 1) - 1)
+        known = {"e4m3": 448.0, "e2m1": 6.0}.get(self.kind)
+        return float(2 ** (self.bits - 1) - 1) if known is None else known
 
     @property
     def code(self) -> str:
-        """The name of the codes: int8, e4m3."""
-        return self.kind if self.kind == "e4m3" else f"int{self.bits}"
+        """The name of the codes: int8, e4m3, e2m1."""
+        return f"int{self.bits}" if self.kind == "int" else self.kind
+
+    def takes(self, channels: Dim) -> bool:
+        """Say whether tokens of so many channels can be stored: two codes of 4 bits share a byte,
+        so that groups of them are whole."""
+        group = self.group or channels
+        return self.kind != "e2m1" or (isinstance(channels, int) and channels % group == 0)
 
     def __str__(self) -> str:
         return f"{self.code}/" + ("token" if self.group is None else f"g{self.group}")

@@ -1,4 +1,4 @@
-"""What a GPU computes in: bfloat16 where asked, products of e4m3 where it has them."""
+"""What a GPU computes in: bfloat16 where asked, products of small floats where it has them."""
 
 from __future__ import annotations
 
@@ -52,3 +52,15 @@ def test_a_model_in_fp8(dtype: str, tmp_path: Path) -> None:
     expected = qc.trace(folder).quantize("fp8")(input_ids=torch.tensor([ids]))["logits"][0]
     # a code on the other side of a border is off by 1/16 of itself, and bfloat16 moves more of them
     assert relative(artifact(ids), expected) <= (6e-2 if dtype == "f16" else 8e-2)
+
+
+def test_a_model_in_fp4(tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path, 64, 192)
+    artifact = qc.compile(folder, "cuda-fp4", output=tmp_path / "tiny.qc")
+    native = torch.cuda.get_device_capability() >= (10, 0)
+    assert any("fp4" in name for name in artifact.sources) == native
+    assert not artifact.verify().wrong, str(artifact.verify())
+    ids = torch.randint(0, 300, (90,)).tolist()
+    expected = qc.trace(folder).quantize("fp4")(input_ids=torch.tensor([ids]))["logits"][0]
+    # a code on the other side of a border is off by a third of itself, or by all of it
+    assert relative(artifact(ids), expected) <= 2e-1

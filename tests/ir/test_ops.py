@@ -191,6 +191,9 @@ def test_the_inferred_type_is_that_of_the_result(case: Case) -> None:
     assert inferred.dtype == found.dtype
 
 
+E2M1 = ActivationFormat(4, 16, "e2m1")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [None, 3, 8, 32])
 def test_quantized_activations_are_within_half_a_step(bits: int, group: int | None) -> None:
@@ -205,8 +208,33 @@ def test_quantized_activations_are_within_half_a_step(bits: int, group: int | No
     assert make(ops.Quantize(format), placed(X)).tensor.format == format
 
 
-def test_a_token_of_zeros_stays_zero() -> None:
-    quantized = ops.Quantize(ActivationFormat(8, 4)).meaning(torch.zeros(2, 8), sizes={})
+def test_activations_of_four_bits_are_floats_with_scales_of_their_own() -> None:
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    x *= torch.logspace(-6, 2, 64)
+    quantized = ops.Quantize(E2M1).meaning(x, sizes={})
+    assert isinstance(quantized, QuantizedTensor)
+    assert quantized.shape == x.shape
+    stored = {name: (each.dtype, each.shape[-1]) for name, each in quantized.arrays.items()}
+    bytes, floats = torch.uint8, torch.float32
+    assert stored == {"codes": (bytes, 32), "scale": (bytes, 4), "factor": (floats, 1)}
+    groups, values = x.unflatten(-1, (4, 16)), quantized.dequantize().unflatten(-1, (4, 16))
+    largest = groups.abs().amax(-1)
+    token = largest.amax(-1, keepdim=True)
+    # Half the widest step is a sixth of the largest value; a scale is off by 1/16, or by half the
+    # smallest of e4m3, 2^-10 of 448; what a scale is too small for becomes the largest code.
+    bound = largest / 6 * 17 / 16 + 6 * token / 6 / 448 * 2**-10
+    assert bool(((values - groups).abs().amax(-1) <= bound).all())
+    assert bool((values.abs().amax(-1) > 0)[token.expand_as(largest) < 448 * 64 * largest].all())
+
+
+def test_groups_of_four_bits_are_whole() -> None:
+    with pytest.raises(ValueError, match="whole number of groups"):
+        make(ops.Quantize(E2M1), placed(torch.zeros(2, 24)))
+
+
+@pytest.mark.parametrize("format", [ActivationFormat(8, 4), ActivationFormat(4, 4, "e2m1")])
+def test_a_token_of_zeros_stays_zero(format: ActivationFormat) -> None:
+    quantized = ops.Quantize(format).meaning(torch.zeros(2, 8), sizes={})
     assert torch.equal(quantized.dequantize(), torch.zeros(2, 8))
 
 

@@ -29,6 +29,9 @@ BLOCK_ROWS = 64
 POSITIONS = 64
 """Positions of a tile: with 64 channels, 8 KiB of keys are on the way at a time."""
 MOST_PARTS = 64
+MORE_WARPS = 8
+"""Of programs whose tiles would not stay in the registers of four: those of a mask, mostly."""
+MEASURED = "sm_90"
 UNITS = {"int8": 1.0, "e4m3": 256.0}
 """What the values that device functions make of codes are to be multiplied with."""
 
@@ -94,6 +97,13 @@ class Problem:
     @property
     def dim_v(self) -> int:
         return int(self.region.root.tensor.shape[3])
+
+    @property
+    def measured(self) -> bool:
+        """Say whether four warps keep what they decode in registers: with caches of codes, not on
+        the architectures before sm_90, where ptxas gives 96 registers and spills 8 bytes."""
+        gpu, keys = self.region.target.gpu, self.region.root.inputs[1]
+        return keys.tensor.format is None or gpu is None or MEASURED in gpu.architectures
 
     @property
     def parts(self) -> int:
@@ -204,7 +214,8 @@ def decode(problem: Problem) -> tuple[Launch, ...]:
         glue.pointer(sums, torch.float32), *found, number, kv_head, part, problem.kv_heads, parts,
         problem.group, problem.dim_v, rows, padded(problem.dim_v),
     )  # fmt: skip
-    launch = glue.launch((Cells(parts), Cells(problem.kv_heads), Cells(tokens)), 4, 2)
+    warps = 4 if problem.measured else MORE_WARPS
+    launch = glue.launch((Cells(parts), Cells(problem.kv_heads), Cells(tokens)), warps, 2)
     return launch, merge(problem, partial, sums)
 
 
@@ -244,7 +255,7 @@ def prefill(problem: Problem) -> tuple[Launch, ...]:
     shape = (problem.heads, problem.dim_v, padded(problem.dim_v))
     glue.do("attention.store_block", result, values, sums, number, head, exists, *shape)
     grid = (Cells(problem.seq, BLOCK_ROWS), Cells(problem.heads), Cells(problem.batch))
-    return (glue.launch(grid, 4, 2),)
+    return (glue.launch(grid, 4 if problem.mask is None else MORE_WARPS, 2),)
 
 
 def is_attention(region: Region) -> bool:

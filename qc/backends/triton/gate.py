@@ -23,6 +23,7 @@ TENSOR_CORES = (
     "UTCHMMA",
     "UTCIMMA",
     "UTCQMMA",
+    "UTCOMMA",
     "OMMA",
 )
 CONVERSIONS = ("I2F", "F2F", "I2FP")

@@ -137,8 +137,7 @@ class GoldenWriter:
         if node.tensor.format is not None:
             value = self.normal(node.tensor.shape, sizes)
             quantized = quantize_activation(value, node.tensor.format)
-            arrays = {place["codes"]: quantized.codes, place["scale"]: quantized.scale}
-            return quantized, arrays
+            return quantized, {place[name]: held for name, held in quantized.arrays.items()}
         index = place["values"]
         stored = torch_dtype(self.lowering.program.values[index].dtype)
         if self.is_kept(index, node):
@@ -207,10 +206,10 @@ class GoldenWriter:
         """Yield what each array of the result must hold, and how exactly."""
         place = self.lowering.places[node]
         if isinstance(result, QuantizedTensor):
-            for array, found, tolerance in (
-                ("codes", result.codes, CODE_TOLERANCE), ("scale", result.scale, FLOAT_TOLERANCE)
-            ):  # fmt: skip
+            for array, found in result.arrays.items():
                 index = place[array]
+                codes = found.dtype in (torch.int8, torch.uint8)
+                tolerance = CODE_TOLERANCE if codes else FLOAT_TOLERANCE
                 if self.lowering.program.values[index].kind == "state":
                     room = held[index].clone()
                     room[:, : found.shape[1]] = found

@@ -1,8 +1,9 @@
-"""Make Triton's interpreter run the inline PTX of device/fragments.py, exactly as PTX defines it.
+"""Make Triton's interpreter run the inline PTX of device/fragments.py, exactly as PTX defines it,
+and products of floats of 4 bits.
 
 For tests only. It works where TRITON_INTERPRET=1 was set before Triton was imported. What the
 emulation checks is our reading of PTX; that the assembler reads it so, a GPU has to confirm.
-Source: PTX ISA 8.5, sections 9.7.8.6 (lop3), 9.7.4.4 (fma.f16x2, fma.bf16x2).
+Source: PTX ISA 8.5, sections 9.7.8.6 (lop3), 9.7.9.7 (prmt), 9.7.4.4 (fma.f16x2, fma.bf16x2).
 
 Triton's interpreter keeps bfloat16 as bits in uint16 and computes with those numbers; here its
 operations widen them to float32, and round results to nearest, ties to even.
@@ -65,12 +66,28 @@ def fused_brain(a: Words, b: Words, c: Words) -> Words:
     return np.ascontiguousarray(rounded).view(np.uint32).reshape(a.shape)
 
 
+def permuted(a: Words, b: Words, selector: Words) -> Words:
+    """Pick four bytes of (a, b), each by the lowest bits of a nibble; none may have its highest
+    bit set, which would ask for signs."""
+    if (selector & np.uint32(0x8888)).any():
+        raise NotImplementedError("prmt that spreads signs")
+    bytes = np.stack(
+        [word >> np.uint32(8 * n) & np.uint32(255) for word in (a, b) for n in range(4)]
+    )
+    result = np.zeros_like(a)
+    for n in range(4):
+        choice = (selector >> np.uint32(4 * n) & np.uint32(7)).astype(np.int64)
+        result |= np.take_along_axis(bytes, choice[None], 0)[0] << np.uint32(8 * n)
+    return result
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n,
     "and.b32": lambda a, b: a & b,
     "lop3.b32": lop3,
+    "prmt.b32": permuted,
     "fma.rn.f16x2": fused,
     "fma.rn.bf16x2": fused_brain,
 }
@@ -130,6 +147,35 @@ def create_inline_asm(
         data = np.ascontiguousarray(words).view(kind).reshape(shape)
         handles.append(interpreter.TensorHandle(data, element))
     return Results(handles)
+
+
+# ---------------------------------------------------------------- floats of 4 bits
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+"""Values of the codes without a sign. OCP Microscaling Formats 1.0, section 5.3.3."""
+
+
+def scaled_codes(codes: Any, scale: Any) -> Any:
+    """Return the values of e2m1 [rows, K], two codes in a byte of [rows, K / 2], times scales of
+    e4m3 [rows, groups]."""
+    pairs = np.stack((codes & 15, codes >> 4), -1).reshape(codes.shape[0], -1)
+    values = np.where(pairs & 8, np.float32(-1), np.float32(1)) * E2M1[pairs & 7]
+    bits: Any = (scale.astype(np.uint16) & 0x7F) << np.uint16(7)
+    factors = bits.view(np.float16).astype(np.float32) * 256  # its exponents are larger by 8
+    return values * np.repeat(factors, values.shape[1] // factors.shape[1], 1)
+
+
+def create_dot_scaled(
+    self: Any, left: Any, left_scale: Any, left_kind: Any, x: Any, x_scale: Any, x_kind: Any,
+    fast: bool, left_packed: bool, x_packed: bool, acc: Any,
+) -> Any:  # fmt: skip
+    """Stand in for the builder's method of this name, for e2m1 with scales of e4m3: Triton's knows
+    scales of e8m0 alone, and before 3.9 there is none."""
+    known = {tl.float8e4nv} == {each.dtype.scalar for each in (left_scale, x_scale)}
+    if not known or str(left_kind) != str(x_kind) or not (left_packed and x_packed):
+        raise NotImplementedError("products of blocks are emulated for e2m1 with scales of e4m3")
+    first, second = scaled_codes(left.data, left_scale.data), scaled_codes(x.data.T, x_scale.data)
+    return interpreter.TensorHandle(first @ second.T + acc.data, tl.float32)
 
 
 # ---------------------------------------------------------------- bfloat16
@@ -231,8 +277,8 @@ def count_by_numbers(method: Callable[..., Any], tensor: Any, scope: Any) -> Non
 
 
 def install() -> None:
-    """Teach the interpreter inline PTX and bfloat16; RuntimeError where Triton was not told to
-    interpret. A second call changes nothing."""
+    """Teach the interpreter inline PTX, floats of 4 bits and bfloat16; RuntimeError where Triton
+    was not told to interpret. A second call changes nothing."""
     from triton import knobs
 
     if not knobs.runtime.interpret:
@@ -240,6 +286,7 @@ def install() -> None:
     builder = interpreter.InterpreterBuilder
     if builder.__dict__.get("create_inline_asm") is not create_inline_asm:
         builder.create_inline_asm = create_inline_asm
+        builder.create_dot_scaled = create_dot_scaled
         teach_bfloat16(builder)
         patch = interpreter._patch_lang_tensor
         interpreter._patch_lang_tensor = partial(count_by_numbers, patch)

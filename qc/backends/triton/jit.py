@@ -69,8 +69,7 @@ class Prepared:
             stored = value.arrays()[argument.array] if repack is None else repack(value)
             return stored.contiguous().to(self.device)
         if isinstance(value, QuantizedTensor):
-            held = {"codes": value.codes, "scale": value.scale.float()}[argument.array]
-            return held.contiguous().to(self.device)
+            return value.arrays[argument.array].contiguous().to(self.device)
         assert isinstance(value, Tensor)
         return value.contiguous().to(self.device)
 

@@ -22,7 +22,7 @@ from qc.backends.triton.kernel import (
     Scratch,
     Variant,
 )
-from qc.backends.triton.storage import code_dtype
+from qc.backends.triton.storage import quantized_arrays
 from qc.errors import UnsupportedError
 from qc.ir import ops
 from qc.ir.graph import Graph
@@ -50,15 +50,10 @@ class GpuLowering(Lowering[Call, Launch]):
         self.calls: list[PlacedCall] = []
 
     def quantized(self, name: str, type: TensorType, kind: str = "scratch") -> Place:
-        """Add the codes, and the scales of the groups."""
-        channels = type.shape[-1]
-        assert isinstance(channels, int)
-        assert type.format is not None
-        groups = -(-channels // (type.format.group or channels))
-        per_group = (*type.shape[:-1], groups)
+        """Add the codes, the scales of the groups, and the factors of scales."""
         return {
-            "codes": self.add_value(f"{name}.codes", code_dtype(type.format), type.shape, kind),
-            "scale": self.add_value(f"{name}.scale", torch.float32, per_group, kind),
+            array: self.add_value(f"{name}.{array}", dtype, shape, kind)
+            for array, (dtype, shape) in quantized_arrays(type).items()
         }
 
     def call_torch(self, node: Node) -> None:

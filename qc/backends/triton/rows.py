@@ -14,10 +14,10 @@ from qc.backends.region import RESULT, ArrayArgument, Region, Repack
 from qc.backends.triton.glue import Glue, power_of_two
 from qc.backends.triton.kernel import Call, Cells, KernelRule, Launch, Scratch, Variant
 from qc.backends.triton.rendering import ELEMENTWISE, render
-from qc.backends.triton.storage import code_dtype, declare_input, declare_result, is_cache
+from qc.backends.triton.storage import declare_input, declare_result, is_cache, quantized_arrays
 from qc.ir import ops
 from qc.ir.node import Node
-from qc.ir.types import Dim, element_count
+from qc.ir.types import Dim, TensorType, element_count
 
 STATISTICS = (ops.RMSNorm, ops.LayerNorm, ops.Softmax, ops.Reduce)
 ROW_OPS = (*ELEMENTWISE, *STATISTICS, ops.Quantize, ops.Hadamard, ops.Input, ops.Scalar)
@@ -106,20 +106,22 @@ class Row:
         assert isinstance(root.op, ops.Quantize)
         rows, format = element_count(root.tensor.shape[:-1]), root.op.format
         value = self.value(root.inputs[0])
-        groups = -(-self.size // (format.group or self.size))
-        codes = self.glue.pointer(
-            ArrayArgument(RESULT, "codes", (rows, self.size)), code_dtype(format)
-        )
-        scales = self.glue.pointer(ArrayArgument(RESULT, "scale", (rows, groups)), torch.float32)
+        arrays = [
+            self.glue.pointer(ArrayArgument(RESULT, name, shape), dtype)
+            for name, (dtype, shape) in quantized_arrays(
+                TensorType((rows, self.size), format=format)
+            ).items()
+        ]
         block = power_of_two(self.size)
         group = min(format.group or block, block)
+        where = (value, self.number, self.channel, self.size, block, group)
+        if format.kind == "e2m1":
+            self.glue.do("fp4.quantize", *arrays, *where)
+            return
         # Codes of fewer bits than 8 are bytes, too; their limit is given.
         code = "e4m3" if format.kind == "e4m3" else "int8"
         encode = self.glue.named(f"codes.to_{code}")
-        self.glue.do(
-            "single_row.quantize", codes, scales, value, self.number, self.channel, self.size,
-            block, group, format.limit, encode,
-        )  # fmt: skip
+        self.glue.do("single_row.quantize", *arrays, *where, format.limit, encode)
 
     def launch(self, count: Dim) -> Launch:
         """Close the kernel: a program a row."""

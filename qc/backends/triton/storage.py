@@ -12,7 +12,7 @@ from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.node import Node
 from qc.ir.target import Target
-from qc.ir.types import DTYPES_BY_NAME, ActivationFormat, Dim, element_count
+from qc.ir.types import DTYPES_BY_NAME, ActivationFormat, Dim, TensorType, element_count
 from qc.ir.weights.weight import Weight
 
 PRODUCTS = (ops.Linear, ops.Embedding, ops.Conv2d, ops.Attention)
@@ -41,9 +41,26 @@ def stored_dtype(node: Node, target: Target) -> torch.dtype:
 
 
 def code_dtype(format: ActivationFormat) -> torch.dtype:
-    """Return the type of the codes of quantized values: floats of 8 bits are bytes, for not every
+    """Return the type of the codes of quantized values: small floats are bytes, for not every
     GPU knows them."""
-    return torch.uint8 if format.kind == "e4m3" else torch.int8
+    return torch.int8 if format.kind == "int" else torch.uint8
+
+
+def quantized_arrays(type: TensorType) -> dict[str, tuple[torch.dtype, tuple[Dim, ...]]]:
+    """Return how a quantized value is stored, by the names of `QuantizedTensor.arrays`."""
+    channels, format = type.shape[-1], type.format
+    assert isinstance(channels, int)
+    assert format is not None
+    rows, groups = type.shape[:-1], -(-channels // (format.group or channels))
+    if format.kind == "e2m1":
+        return {
+            "codes": (torch.uint8, (*rows, channels // 2)),
+            "scale": (torch.uint8, (*rows, groups)),
+            "factor": (torch.float32, (*rows, 1)),
+        }
+    return {
+        "codes": (code_dtype(format), type.shape), "scale": (torch.float32, (*rows, groups)),
+    }  # fmt: skip
 
 
 def result_dtype(region: Region) -> torch.dtype:

@@ -40,7 +40,7 @@ class QuantizeActivations(Pass):
             if not (isinstance(node.op, ops.Linear) and stored_in_few_bits(node.inputs[1])):
                 continue
             x = node.inputs[0]
-            if x.tensor.format is not None:
+            if x.tensor.format is not None or not self.format.takes(x.tensor.shape[-1]):
                 continue
             if x not in quantized:
                 origin = x.origin.touched_by(self.name)

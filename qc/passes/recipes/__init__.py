@@ -9,13 +9,13 @@ from qc.passes.recipes.gptq import GPTQ
 from qc.passes.recipes.gwq import GWQ
 from qc.passes.recipes.lorc import LORC
 from qc.passes.recipes.recipe import Recipe
-from qc.passes.recipes.rounding import FP8, W2_RTN, W3_RTN, W8, W8A16
+from qc.passes.recipes.rounding import FP4, FP8, W2_RTN, W3_RTN, W8, W8A16
 from qc.passes.recipes.smoothquant_plus import SMOOTHQUANT_PLUS
 from qc.passes.recipes.spqr import SPQR
 from qc.passes.recipes.squeezellm import SQUEEZELLM
 from qc.passes.recipes.svdquant import SVDQUANT, SVDQUANT_A16
 
-ROUNDING = (F32, W8, W8A16, FP8, W3_RTN, W2_RTN)
+ROUNDING = (F32, W8, W8A16, FP8, FP4, W3_RTN, W2_RTN)
 COMPOSED = (W4_COMPOSED, W4A16_COMPOSED, W3, W2)
 PUBLISHED = (
     ADADIM, AWQ, CLAQ, GPTQ, GWQ, LORC, SMOOTHQUANT_PLUS, SPQR, SQUEEZELLM, SVDQUANT, SVDQUANT_A16

@@ -1,4 +1,4 @@
-"""w8, w4, w8a16, w4a16, w3_rtn, w2_rtn, fp8: round-to-nearest in groups of 32.
+"""w8, w4, w8a16, w4a16, w3_rtn, w2_rtn, fp8, fp4: round-to-nearest in groups of 32.
 
 At 4 bits the scales and minima of the groups are codes of 8 bits in their turn, with a factor a
 row: half a bit less for each weight, at no more loss.
@@ -10,6 +10,9 @@ float16; keys and values are cached in float16.
 `fp8` stores weights and activations as floats of 8 bits, e4m3, with a scale a row and a token, and
 the tables in float16: what vLLM and llm-compressor call FP8 dynamic. Micikevicius et al. 2022,
 "FP8 Formats for Deep Learning".
+
+`fp4` stores both as floats of 4 bits, e2m1, in groups of 16 with scales of e4m3, and a float32 for
+the matrix and for each token. NVIDIA 2025, "Pretraining Large Language Models with NVFP4".
 """
 
 import torch
@@ -27,6 +30,7 @@ TABLES_16 = (StoreTables("f16"),)
 STORE_16 = (*TABLES_16, *CACHE_16)
 STORE = (StoreTables("int8·row"), *CACHE_16)
 E4M3_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, kind="e4m3")),)
+E2M1_ACTIVATIONS = (QuantizeActivations(ActivationFormat(4, 16, "e2m1")),)
 INT8_ACTIVATIONS = (QuantizeActivations(ActivationFormat(8, 32)),)
 
 W8A16 = Recipe("w8a16", (*STORE, RoundToNearest(GroupedFormat(8, 32, "symmetric"))))
@@ -46,3 +50,4 @@ W4 = Recipe(
     claims=("perplexity: f32 < w8 < w4", "w4 is within 1 % of w4a16 in perplexity"),
 )
 FP8 = Recipe("fp8", (*STORE_16, RoundToNearest("e4m3·row"), *E4M3_ACTIVATIONS))
+FP4 = Recipe("fp4", (*STORE_16, RoundToNearest("nvfp4"), *E2M1_ACTIVATIONS))

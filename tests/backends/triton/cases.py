@@ -47,13 +47,13 @@ class Case:
     """With the fast rules; without them, every weight is decoded by itself."""
     dtype: str = "f16"
     kind: str = "int"
-    """Of the activations' codes: "int", or "e4m3"."""
+    """Of the activations' codes: "int", "e4m3" or "e2m1"."""
     architecture: str = "sm_90"
     multiprocessors: int | None = None
     """Of the machine, where they are fewer."""
 
     def __str__(self) -> str:
-        code = "e4m3" if self.kind == "e4m3" else "int8"
+        code = "int8" if self.kind == "int" else self.kind
         x = "" if self.activation is None else f" {code}/{self.activation or 'token'}"
         more = f" {self.epilogue}" if self.epilogue else ""
         slow = "" if self.fast else " decoded"
@@ -98,7 +98,8 @@ class Case:
         """Build the fused node."""
         format = None
         if self.activation is not None:
-            format = ActivationFormat(8, self.activation or None, self.kind)
+            bits = 4 if self.kind == "e2m1" else 8
+            format = ActivationFormat(bits, self.activation or None, self.kind)
         x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, format)))
         vector = make(ops.Parameter(dense_weight("b", torch.randn(self.outer))))
         residual = make(ops.Input("r", TensorType((ROWS, self.outer))))

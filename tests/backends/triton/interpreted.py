@@ -109,7 +109,7 @@ def operand_array(
         weight = operand.op.weight
         return (repack(weight) if repack else weight.arrays()[argument.array]).contiguous()
     if isinstance(value, QuantizedTensor):
-        value = value.codes if argument.array == "codes" else value.scale
+        value = value.arrays[argument.array]
     value = value.to(dtype)
     if argument.shape is None:
         return value.contiguous()

@@ -307,6 +307,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "prefill e4m3": partial(attention, 70, 9, causal=True, code="e4m3"),
     "quantize to 4 bits": partial(quantized_norm, 16, 56, bits=4),
     "quantize to e4m3": partial(quantized_norm, None, 56, "e4m3"),
+    "quantize to e2m1": partial(quantized_norm, 16, 80, "e2m1", 4),
     "rope": rope,
     "convolution, patches": partial(
         convolved, ops.Conv2d((2, 2)), (4, 16, 16), (70, 4, 2, 2), True

@@ -2,8 +2,8 @@
 
 A process of its own, because Triton decides whether it interprets when it is imported, for all of
 its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker` with
-`sampler`, `kernels [DTYPE]`, `model RECIPE FOLDER [CACHE [DTYPE]]`, `calibrated RECIPE FOLDER
-SIZES`, SIZES being JSON, or `diffusion RECIPE`.
+`sampler`, `kernels [DTYPE]`, `model RECIPE FOLDER [CACHE [DTYPE [MACHINE]]]`, `calibrated RECIPE
+FOLDER SIZES`, SIZES being JSON, or `diffusion RECIPE`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from tests.tiny_llama import TEXT
 RULES = (*attention_rules, *append_rules, *convolution_rules, *row_rules, *element_rules)
 
 
-def small_target(dtype: str = "f16") -> Target:
+def small_target(dtype: str = "f16", machine: str = "cuda:sm_80") -> Target:
     """A GPU of few multiprocessors, so that decoding is split into two parts and not 64."""
-    target = computing(parse_machine("cuda:sm_80"), dtype)
+    target = computing(parse_machine(machine), dtype)
     assert target.gpu is not None
     return replace(target, gpu=replace(target.gpu, multiprocessors=6))
 
@@ -69,11 +69,13 @@ def kernel_error(case: Case, dtype: str) -> float:
     if isinstance(expected, QuantizedTensor):
         if call.in_place is not None:
             found = {name: array[:, : expected.shape[1]] for name, array in found.items()}
-        wanted = code_values(expected.codes)
-        codes = code_values(found["codes"].reshape(expected.codes.shape))
-        step = wanted.abs() / 8 if expected.format.kind == "e4m3" else 1.0
+        wanted = code_values(expected.codes, expected.format)
+        codes = code_values(found["codes"].reshape(expected.codes.shape), expected.format)
+        largest = {"e4m3": wanted.abs() / 8, "e2m1": (wanted.abs() / 2).clamp_min(0.5)}
+        step = largest.get(expected.format.kind, 1.0)
         off = bool(((codes - wanted).abs() > step).any())  # a border may be crossed
-        return off + interpreted.relative(found["scale"], expected.scale)
+        factors = {name: each for name, each in expected.arrays.items() if name != "codes"}
+        return off + sum(interpreted.relative(found[name], each) for name, each in factors.items())
     if call.in_place is not None:
         found = found[:, : expected.shape[1]]
     return interpreted.relative(found, expected)
@@ -90,10 +92,12 @@ def kernels(dtype: str = "f16") -> dict[str, float]:
 
 
 def model(
-    recipe: str, folder: str, cache: str | None = None, dtype: str = "f16"
-) -> dict[str, float]:
+    recipe: str, folder: str, cache: str | None = None, dtype: str = "f16",
+    machine: str = "cuda:sm_80",
+) -> dict[str, float]:  # fmt: skip
     """Run a model that is rounded."""
-    return model_errors(qc.trace(folder).quantize(caching(resolve_recipe(recipe), cache)), dtype)
+    quantized = qc.trace(folder).quantize(caching(resolve_recipe(recipe), cache))
+    return model_errors(quantized, small_target(dtype, machine))
 
 
 def calibrated(recipe: str, folder: str, sizes: str) -> dict[str, float]:
@@ -117,9 +121,9 @@ def diffusion(recipe: str) -> dict[str, float]:
     return {**errors, "sample": interpreted.relative(found, expected)}
 
 
-def model_errors(quantized: QuantizedModel, dtype: str = "f16") -> dict[str, float]:
+def model_errors(quantized: QuantizedModel, target: Target | None = None) -> dict[str, float]:
     """Run the golden checks, a prompt, and tokens one by one, against the graph."""
-    running, errors = interpreted_model(quantized, dtype)
+    running, errors = interpreted_model(quantized, target)
     ids = [1, 5, 200, 7, 9, 30, 4, 4, 100, 12, 13]
     expected = quantized(input_ids=torch.tensor([ids]))["logits"][0]
     artifact = running.artifact()
@@ -131,10 +135,10 @@ def model_errors(quantized: QuantizedModel, dtype: str = "f16") -> dict[str, flo
 
 
 def interpreted_model(
-    quantized: QuantizedModel, dtype: str = "f16"
+    quantized: QuantizedModel, target: Target | None = None
 ) -> tuple[InterpretedProgram, dict[str, float]]:
     """Return a model in the interpreter, and the errors of its golden checks."""
-    target = small_target(dtype)
+    target = target or small_target()
     lowering = GpuLowering(quantized.lower(target).graph, target, GPU_RULES)
     program = lowering.run()
     code = {

@@ -32,8 +32,33 @@ STREAMED = (
     Case("int4·g128·zero", 64, 1024, 1, None, "residual", multiprocessors=1),
     Case("int4·g128", 80, 2048, 1, dtype="bf16", multiprocessors=1),
     Case("int4·g128", 80, 4096, 1, multiprocessors=1),
+    Case("int4·g128", 80, 1024, 1, None, "gated", multiprocessors=1),
+    Case("int4·g128·scale(uint8·row)", 64, 2048, 1, None, "gated", multiprocessors=1),
 )
 """More tiles of outputs than programs run at once: those take one after another."""
+
+LOOKED = (
+    Case("lookup4·row", 128, 512, 1),
+    Case("lookup4·row + sparse0.45%", 50, 320, 5, None, "bias"),
+    Case("lookup3·row", 72, 512, 3, None, "gated"),
+    Case("lookup2·t32xall", 80, 256, 17, 32, "all"),
+    Case("lookup1·row", 33, 300, 2),
+    Case("nf4·g64", 128, 4096, 1),
+    Case("nf4·g32·scale(uint8·row)", 64, 160, 9, None, "residual"),
+    Case("lookup3·tensor·by(g64)", 50, 384, 70),
+)
+"""Codes that are looked up in registers."""
+
+AFFINE = (
+    Case("int4·g32·min·scale(uint8·row)·minimum(uint8·row)", 128, 4096, 1),
+    Case("int4·g32·min·scale(uint8·row)·minimum(uint8·row)", 50, 160, 9, 32, "gated"),
+    Case("int3·g32·min·scale(uint6·row)·minimum(uint6·row)", 72, 512, 3, 32, "all"),
+    Case("int2·g32·min", 33, 320, 17),
+    Case("int4·g64·zero + rank8", 50, 1024, 70, None, "residual"),
+    Case("int4·g32", 48, 96, 5, None, "bias"),
+    Case("nf4·g32", 48, 512, 2),
+)
+"""Weights that are made in registers, for their groups are small."""
 
 FP8 = tuple(
     Case(format, outer, inner, rows, 0, epilogue, kind="e4m3", dtype=dtype, architecture=machine)
@@ -49,6 +74,43 @@ FP8 = tuple(
     )
 )  # fmt: skip
 """Activations of e4m3: by weights of the same, by others, and where no tensor cores take them."""
+
+FP4 = tuple(
+    Case(format, outer, inner, rows, 16, epilogue, kind="e2m1", dtype=dtype, architecture=machine)
+    for format, outer, inner, rows, epilogue, dtype, machine in (
+        ("nvfp4", 128, 512, 1, "", "f16", "sm_120"),
+        ("nvfp4", 144, 192, 17, "gated", "f16", "sm_100"),
+        ("nvfp4", 256, 128, 70, "all", "f16", "sm_100"),
+        ("nvfp4", 40, 4096, 3, "bias", "f16", "sm_120"),
+        ("nvfp4 + rank8 + sparse1%", 64, 256, 3, "residual", "f16", "sm_120"),
+        ("nvfp4 + nvfp4", 64, 256, 5, "", "bf16", "sm_100"),
+        ("mxfp4", 64, 256, 3, "", "f16", "sm_120"),
+        ("nvfp4", 64, 96, 2, "", "f16", "sm_120"),
+        ("nvfp4", 64, 256, 5, "all", "f16", "sm_90"),
+    )
+)  # fmt: skip
+"""The same of e2m1; by parts, and by channels that are no whole instructions, too."""
+
+WIDENED = (
+    Case("nvfp4", 96, 512, 1),
+    Case("nvfp4", 50, 144, 5, None, "gated"),
+    Case("nvfp4 + rank8 + sparse1%", 64, 256, 20, None, "all"),
+    Case("nvfp4", 96, 4096, 3, None, "gated"),
+    Case("nvfp4", 64, 256, 33, 32, "gated"),
+)
+"""Floats of 4 bits with scales of e4m3 times float16."""
+
+KEPT = (
+    Case("kept50%·g16(int4·row·zero)", 200, 512, 1, None, "all", multiprocessors=2),
+    Case("kept10%·g16(int4·row·zero)", 300, 256, 2, None, "gated", multiprocessors=3),
+    Case("kept70%·g32(int4·row)", 70, 256, 3, None, "residual", multiprocessors=1),
+    Case("kept50%·g16(int4·row) + rank8", 64, 256, 1, 32, "residual", multiprocessors=1),
+    Case("kept40%·g64(int4·row)", 100, 320, 70, None, "gated", multiprocessors=2),
+    Case("kept50%·g32(uint4·row)", 64, 4096, 16, None, multiprocessors=9),
+    Case("kept50%·g16(int4·row·zero)", 200, 400, 33, None, "all", multiprocessors=3),
+    Case("kept50%·g16(int4·row·zero)", 64, 256, 9, None, "bias", fast=False),
+)
+"""Groups of whole words of 4 bits, in slices and in parts of them."""
 
 BUCKETS = tuple(
     Case("int4·g128", 128, 2048, rows, None, epilogue)
@@ -76,4 +138,6 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *STREAMED, *FP8, *BUCKETS]
+    return [
+        *examples(), *SUMS, *STREAMED, *LOOKED, *AFFINE, *FP8, *FP4, *WIDENED, *KEPT, *BUCKETS,
+    ]  # fmt: skip

@@ -18,10 +18,12 @@ from qc.backends.triton.gate import (
     objections,
 )
 from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Launch
+from qc.backends.triton.linear.kept import STREAMS
 from qc.backends.triton.linear.rule import linear_rule
 from qc.ir.target import computing, parse_machine
 from tests.backends.triton.cases import Case
 
+SLOW = pytest.mark.slow
 PLAIN = Case("int4·g128", 4096, 14336)
 AT_ONCE = Case("int4·g128", 4096, 4096)
 """One row of it is multiplied without a loop."""
@@ -44,7 +46,7 @@ def main_launch(case: Case, rows: int, architecture: int) -> Launch:
     return next(
         each
         for each in call.variant(rows).launches
-        if any("_codes_" in parameter.name for parameter in each.parameters)
+        if any("_codes" in parameter.name for parameter in each.parameters)
     )
 
 
@@ -102,6 +104,39 @@ def test_the_next_tile_is_asked_for_before_one_is_multiplied() -> None:
     assert len(names) * WARP * cubin.num_warps / weights <= 2.6
 
 
+KEPT = Case("kept50%·g16(int4·row·zero)", 4096, 4096)
+
+
+def test_the_next_groups_are_asked_for_before_some_are_multiplied() -> None:
+    """In the order of the machine code: those of the first step, the wait for other launches, and
+    in the loop those of the next one in front of the last third of the products."""
+    cubin = compile_launch(main_launch(KEPT, 1, 90), 90)
+    names = [name for _, name, _ in INSTRUCTION.findall(inspect(cubin.binary, "-sass"))]
+    products = [at for at, name in enumerate(names) if name == "FFMA"]
+    wait, middle = names.index("ACQBULK"), products[2 * len(products) // 3]
+    wide = [at for at, name in enumerate(names) if name.endswith(".128")]
+    assert [sum(at < wait for at in wide), sum(wait < at < middle for at in wide)] == [1, 1]
+    assert not cubin.spills
+    assert cubin.registers * WARP * cubin.num_warps * STREAMS <= 65536  # so many run at once
+    weights = 64 * 4 * 16
+    assert len(loop_of(cubin).instructions) * WARP * cubin.num_warps / weights <= 13.5  # and an end
+    assert loop_of(cubin).count("FFMA") >= 48
+    assert loop_of(cubin).count("I2F") <= 4  # zero points, one a group
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [(90, "HGMMA"), pytest.param(80, "HMMA", marks=SLOW)]
+)
+def test_groups_are_put_where_tensor_cores_take_them(architecture: int, kind: str) -> None:
+    cubin = compile_launch(main_launch(KEPT, 16, architecture), architecture)
+    loop = loop_of(cubin)
+    assert loop.count(kind)
+    assert loop.count("I2F") <= 4  # zero points, one a group
+    assert not cubin.spills
+    dense = 64 * 128
+    assert len(loop.instructions) * WARP * cubin.num_warps / dense <= 14
+
+
 @pytest.mark.parametrize(("architecture", "rows", "budget"), [(80, 1, 1.5), (90, 16, 2.15)])
 def test_four_bits_times_bytes_take_fewer(architecture: int, rows: int, budget: float) -> None:
     case = Case("int4·g128", 4096, 4096, activation=0)
@@ -113,10 +148,33 @@ def test_four_bits_times_bytes_take_fewer(architecture: int, rows: int, budget: 
     assert [each for each in found if "conversions" not in each] == []
 
 
+@pytest.mark.parametrize(("architecture", "rows"), [(90, 1), (90, 64), (80, 16)])
+def test_floats_of_4_bits_with_scales_of_8_take_few_instructions(
+    architecture: int, rows: int
+) -> None:
+    cubin = compile_launch(main_launch(Case("nvfp4", 4096, 4096), rows, architecture), architecture)
+    loop = loop_of(cubin)
+    assert loop.count("HGMMA", "HMMA")
+    assert not cubin.spills
+    assert len(loop.instructions) * WARP * cubin.num_warps / (64 * 128) <= 9
+
+
 @pytest.mark.parametrize(("format", "budget"), [("e4m3·row", 4.5), ("e2m1·g32", 5.2)])
 def test_small_floats_are_unpacked_like_codes(format: str, budget: float) -> None:
     launch = main_launch(Case(format, 4096, 14336), 1, 90)
     assert objections(compile_launch(launch, 90), weights_of_a_step(launch), budget) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "rows", "budget"),
+    [("int3·g128", 1, 3.6), ("lookup3·row", 1, 3.7), ("lookup4·row", 16, 5.5), ("nf4·g64", 1, 6.5)],
+)
+def test_tables_are_looked_up_in_registers(format: str, rows: int, budget: float) -> None:
+    """What Triton 3.9 gave, and a tenth more; 3 bits as two planes took 4.3."""
+    launch = main_launch(Case(format, 4096, 14336), rows, 90)
+    cubin = compile_launch(launch, 90)
+    assert objections(cubin, weights_of_a_step(launch), budget) == []
+    assert loop_of(cubin).count("PRMT")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +188,37 @@ def test_floats_of_8_bits_are_multiplied_as_such(architecture: int, kind: str) -
     assert loop.count(kind)
     assert not loop.count("HMMA", "HGMMA", *CONVERSIONS)
     assert not cubin.spills
+
+
+@pytest.mark.parametrize("rows", [1, 16, pytest.param(64, marks=pytest.mark.slow), 1000])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        (120, "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"),
+        pytest.param(100, "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale", marks=SLOW),
+    ],
+)
+def test_floats_of_4_bits_are_multiplied_as_such(architecture: int, kind: str, rows: int) -> None:
+    case = Case("nvfp4", 4096, 4096, activation=16, kind="e2m1", architecture="sm_120")
+    cubin = compile_launch(main_launch(case, rows, architecture), architecture)
+    products = set(re.findall(r"(?:mma\.sync|wgmma|tcgen05\.mma)\.\S+", cubin.ptx))
+    assert products
+    assert all(each.startswith(kind) for each in products)  # nothing is widened
+    loop = loop_of(cubin)
+    assert loop.count("OMMA", "UTCOMMA")
+    assert not loop.count(*CONVERSIONS)
+    assert any(name.startswith("LDGSTS") and ".128" in name for name in loop.instructions)
+    assert not cubin.spills
+
+
+def test_without_such_units_floats_of_4_bits_are_widened() -> None:
+    case = Case("nvfp4", 4096, 4096, activation=16, kind="e2m1")
+    for machine in ("cuda:sm_90", "cuda:sm_90+sm_120"):
+        call = linear_rule(region_of(case.planned(), parse_machine(machine)))
+        assert call is not None
+        launches = call.variant(16).launches
+        assert launches[0].rule == "copy"
+        assert not any("fp4.more(" in each.source for each in launches)
 
 
 def test_without_such_units_floats_of_8_bits_are_widened() -> None:

@@ -17,7 +17,17 @@ from qc.backends.triton.device.fragments import (
     small_floats_to,
 )
 from qc.backends.triton.device.streams import conversion_of_pairs
-from qc.backends.triton.interpret import halves, install, lop3, narrowed, run_ptx, widened
+from qc.backends.triton.interpret import (
+    halves,
+    install,
+    lop3,
+    narrowed,
+    run_ptx,
+    scaled_codes,
+    widened,
+)
+from qc.ir.quantized import QuantizedTensor
+from qc.ir.types import ActivationFormat
 
 
 @pytest.mark.parametrize("table", [0xEA, 0x80, 0x3C, 0x00, 0xFF])
@@ -116,3 +126,13 @@ def test_small_floats_become_halves_bit_for_bit(
 def test_the_interpreter_is_not_taught_where_triton_compiles() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         install()
+
+
+def test_floats_of_4_bits_are_those_of_the_format() -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 256, (6, 32), dtype=np.uint8)
+    scale = random.integers(1, 0x7F, (6, 4), dtype=np.uint8)
+    format = ActivationFormat(4, 16, "e2m1")
+    one = torch.ones(6, 1)
+    held = QuantizedTensor(torch.from_numpy(codes), torch.from_numpy(scale), format, one)
+    assert np.array_equal(scaled_codes(codes, scale), held.dequantize().numpy())

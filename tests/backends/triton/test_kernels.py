@@ -17,6 +17,8 @@ EXACT = 2e-6
 """Float32 all the way."""
 HALVES_EXACT = 1e-3
 """Products of float16, sums of float32, results of float16."""
+SLOW = pytest.mark.slow
+FOUR_BITS = 2e-1
 MODEL = 3e-3
 """About ten kernels, one after another, each with a result in float16: 8e-4 was measured."""
 
@@ -82,3 +84,12 @@ def test_caches_of_codes_compute_what_the_graph_means(
 @pytest.mark.slow
 def test_a_llama_computes_in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> None:
     check_model(llama_folder(tmp_path_factory.getbasetemp()), "w4a16", 8 * MODEL, "bf16", "bf16")
+
+
+@pytest.mark.parametrize("machine", ["cuda:sm_120", pytest.param("cuda:sm_90", marks=SLOW)])
+def test_floats_of_4_bits_compute_what_the_graph_means(
+    tmp_path_factory: pytest.TempPathFactory, machine: str
+) -> None:
+    # A code on the other side of a border is off by half of itself at most, or by all of it.
+    folder = llama_folder(tmp_path_factory.getbasetemp(), 64, 192)
+    check_model(folder, "fp4", FOUR_BITS, "f16", "f16", machine)

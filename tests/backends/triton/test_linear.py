@@ -15,16 +15,45 @@ from qc.backends.triton.compile import compile_launch
 from qc.backends.triton.kernel import Call
 from tests.backends.triton.cases import Case, call_of, result_dtype
 from tests.backends.triton.linear_worker import Interpreter
-from tests.backends.triton.sweep import BUCKETS, FP8, STREAMED, SUMS, all_cases, examples
+from tests.backends.triton.sweep import (
+    AFFINE,
+    BUCKETS,
+    FP4,
+    FP8,
+    KEPT,
+    LOOKED,
+    STREAMED,
+    SUMS,
+    WIDENED,
+    all_cases,
+    examples,
+)
 from tests.needs import needs
 
 TOLERANCE = 2e-3
 """Relative Frobenius error: float16 rounds x, weights and results by 2^-11 at most each."""
 BRAIN_TOLERANCE = 1e-2
 """bfloat16 rounds them by 2^-8."""
-QUICK = (*examples()[::12], *SUMS[:4], SUMS[-1], STREAMED[0], *FP8[::2], *BUCKETS[:8:3])
+QUICK = (
+    *examples()[::12],
+    *SUMS[:4],
+    SUMS[-1],
+    STREAMED[0],
+    *LOOKED,
+    *AFFINE,
+    *FP8[::2],
+    *FP4[::2],
+    *WIDENED,
+    *KEPT[:-1],
+    *BUCKETS[:8:3],
+)
 
-BRAINS = (Case("int8·row", 48, 256, 3), Case("e4m3·row", 48, 256, 3), Case("signs2·g64", 48, 128))
+BRAINS = (
+    Case("int8·row", 48, 256, 3),
+    Case("e4m3·row", 48, 256, 3),
+    Case("signs2·g64", 48, 128),
+    KEPT[1],
+)
 """Codes that are unpacked to bfloat16 in another way than to float16."""
 
 
@@ -34,9 +63,13 @@ def in_bfloat16(case: Case) -> Case:
 
 
 PORTABLE = (
-    *(replace(case, architecture="gfx942") for case in (SUMS[3], SUMS[2], *BRAINS)),
+    *(
+        replace(case, architecture="gfx942")
+        for case in (SUMS[3], SUMS[2], *LOOKED[1:4], *AFFINE[1:3], *BRAINS)
+    ),
     Case("int4·g128", 64, 512, 2, 256, architecture="gfx942"),
     replace(FP8[0], architecture="gfx942"),
+    *(replace(case, architecture="gfx942") for case in (FP4[0], KEPT[0], KEPT[4])),
 )
 """Codes that are unpacked without PTX, for GPUs of AMD's."""
 

@@ -94,3 +94,18 @@ def scaled(acc, product, factor):
 def joined(acc):
     """Add up the lanes: f32[OUT, ROWS]."""
     return tl.sum(acc, 0)
+
+
+@triton.jit
+def turns(first, programs, CELLS: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Return how many tiles a program takes, of WEIGHTS weights together: those of outputs `first`,
+    `first` + `programs`, ... of the CELLS that there are."""
+    return (CELLS - first + programs - 1) // programs * WEIGHTS
+
+
+@triton.jit
+def turn(number, first, programs, CELLS: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Return the outputs of the tile of a program's turn, the last ones beyond it; and the weight:
+    all weights in turn for the same outputs."""
+    cell = tl.minimum(first + number // WEIGHTS * programs, CELLS - 1)
+    return cell, number % WEIGHTS

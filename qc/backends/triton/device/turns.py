@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def last(turns, cell, COUNT: tl.constexpr):
+def last(turns, cell, COUNT):
     """Say whether this program is the last of COUNT for a tile: what the others have stored for it
     can be read then."""
     tl.debug_barrier()  # all threads have stored

@@ -115,7 +115,7 @@ class FinishedAlone:
         owner, outer = self.owner, self.owner.linear.outer
         for acc in owner.accs:
             at = emission.array(f"{acc}_parts", owner.partial(acc, self.parts), torch.float32)
-            where = f"out, rows, cell, part, ROWS, {outer}, BN"
+            where = f"out, rows, live, cell, part, ROWS, {outer}, BN"
             emission.line(f"products.partial({at}, {acc}, {where})")
         operand = owner.linear.operand(owner.linear.linears[0].inputs[1])
         count = -(-outer // SMALLEST_TILE)

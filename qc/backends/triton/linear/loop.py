@@ -19,7 +19,8 @@ class Source:
     """Rows that are multiplied: `channels` of each, in float16 or bfloat16. The kinds:
 
     rows       [rows, channels], or with before and after a view [.., before, channels, after]
-    quantized  codes, int8 or e4m3, and float32 scales, one for `group` channels
+    quantized  codes, int8 or e4m3, and float32 scales, one for `group` channels; or e2m1, two in a
+               byte, with scales of e4m3 and a float32 `factor` for each row
     codes      the codes alone, as bytes
     selected   the channels that an array names
     summed     the sum of `parts` float32 arrays [rows, channels]
@@ -36,12 +37,19 @@ class Source:
     """Of `selected`: the operand, the array, its dtype, the channels of `values`."""
     parts: int = 1
     code: str = "int8"
-    """What codes are: int8, or e4m3."""
+    """What codes are: int8, e4m3 or e2m1."""
+    factor: ArrayArgument | None = None
 
     @property
     def stride(self) -> int:
-        """The channels that `values` has."""
-        return self.channels if self.index is None else self.index[3]
+        """The elements of a row of `values`."""
+        channels = self.channels if self.index is None else self.index[3]
+        return channels // self.share
+
+    @property
+    def share(self) -> int:
+        """The channels that share an element of `values`."""
+        return 2 if self.code == "e2m1" else 1
 
 
 class Term(ABC):
@@ -87,6 +95,10 @@ class Loop:
     """Statements at the start of its body: what is loaded for the step after it."""
     moves: list[str] = field(default_factory=list)
     """Statements at the end of its body, which pass on what was loaded ahead."""
+    begins: list[str] = field(default_factory=list)
+    """Statements in front of the loop, behind those that clear accumulators."""
+    ends: list[str] = field(default_factory=list)
+    """Statements behind the loop."""
 
     @property
     def channels(self) -> int:
@@ -105,6 +117,11 @@ class Loop:
     def out(self) -> str:
         """The outputs of the rows of a tile."""
         return "out" if self.lanes == 1 else "lane_out"
+
+    @property
+    def live(self) -> str:
+        """Which columns of a tile of x there are."""
+        return "live" if self.lanes == 1 else "loaded"
 
     @property
     def size(self) -> str:
@@ -126,14 +143,19 @@ class Loop:
         return self.tiles[start // self.unit]
 
     def group(self, step: str, size: int, number: int, surely: bool) -> str:
+        """Return the numbers of a group of `size` channels, one a row of a tile with lanes."""
+        at = self.number(step, size, number, surely)
+        count = -(-self.channels // size)
+        return at if self.lanes == 1 else f"lanes.groups({at}, BN, {self.lanes}, {count})"
+
+    def number(self, step: str, size: int, number: int, surely: bool) -> str:
         """Return the number of a group of `size` channels: of a step's, the number'th. Where the
         step is not `surely` one of the loop's, the last group at most."""
         per_step = self.width // size
         at = step if per_step == 1 else f"({step}) * {per_step}"
         at = f"{at} + {number}" if number else at
         count = -(-self.channels // size)
-        at = at if self.even and surely else f"tl.minimum({at}, {count - 1})"
-        return at if self.lanes == 1 else f"lanes.groups({at}, BN, {self.lanes}, {count})"
+        return at if self.even and surely else f"tl.minimum({at}, {count - 1})"
 
     def loaded_ahead(self, emission: Emission, size: int, number: int, call: str) -> str:
         """Write a load for a group, a step before it is used: a cache miss then costs no time.
@@ -149,13 +171,27 @@ class Loop:
     ) -> str:
         """Write the loads of the words of a plane from channel `start` of a step on: in registers,
         a step ahead."""
+        pairs = self.pairs_ahead(emission, name, start, columns, sizes)
+        return emission.bind(f"fragments.words({pairs})")
+
+    def pairs_ahead(
+        self, emission: Emission, name: str, start: int, columns: int, sizes: str
+    ) -> str:
+        """Write the loads of pairs of words of a plane, likewise."""
         sizes = f"{sizes}, BN, {self.lanes}"
         at, after = (
             self.stored_at(f"({step}) * {self.width} + {start}", columns)
             for step in (self.first, f"tl.minimum(step + 1, {self.steps - 1})")
         )
         at, after = (f"fragments.load_pairs({name}, block, {k}, {sizes})" for k in (at, after))
-        return emission.bind(f"fragments.words({self.carried(emission, at, after)})")
+        return self.carried(emission, at, after)
+
+    def before(self, emission: Emission, call: str) -> str:
+        """Write what is the same for all steps in front of the loop; return its name."""
+        emission.bound += 1
+        name = f"t{emission.bound}_0"
+        self.ahead.append(f"{name} = {call}")
+        return name
 
     def carried(self, emission: Emission, first: str, after: str) -> str:
         """Write a load in front of the loop, and in a step that of the one after; return the name
@@ -167,6 +203,12 @@ class Loop:
             self.loads.append(f"{then} = {after}")
             self.moves.append(f"{name} = {then}")
         return name
+
+    def beside(self, emission: Emission, value: str) -> str:
+        """Begin an accumulator of a term's own; return its name."""
+        emission.bound += 1
+        self.begins.append(f"own{emission.bound} = {value}")
+        return f"own{emission.bound}"
 
     def sums(self, emission: Emission, start: int, size: int) -> str:
         """Write the sums of x over channels of the step, once; the same for all outputs."""
@@ -208,7 +250,8 @@ def emit_loop(
     looped, before = loop.steps > 1 and not (alone and parts > 1), emission.lines
     emission.lines, emission.depth = [], emission.depth + looped
     for start in range(0, width, loop.unit):
-        tile = tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)
+        at = loop.at(start)
+        tile = tile_call(emission, source, x, at, loop.unit, loop.even, loop.live)
         loop.tiles.append(emission.bind(tile))
     for acc, term in terms:
         term.emit(emission, loop, acc)
@@ -222,9 +265,11 @@ def emit_loop(
     emission.begin()
     if isinstance(source.values, Scratch):
         emission.join()
-    for line in begin:
+    for line in (*begin, *loop.begins):
         emission.line(line)
     emission.line(places_of(source, lanes))
+    if lanes > 1:
+        emission.line(f"loaded = lanes.live(tile, BM, ROWS, {lanes})")
     if looped:
         emission.line(f"for step in tl.range({loop.first}, {loop.last}):")
         emission.depth += 1
@@ -236,6 +281,8 @@ def emit_loop(
         emission.line(line)
     emission.lines += body
     emission.depth -= looped
+    for line in loop.ends:
+        emission.line(line)
 
 
 def places_of(source: Source, lanes: int) -> str:
@@ -257,23 +304,38 @@ def step_width(channels: int, terms: Sequence[Term], least: int) -> int:
 def declare(emission: Emission, source: Source) -> str:
     """Take what a source reads as parameters; return the name of its values."""
     bytes = dict.fromkeys(
-        ("quantized", "codes"), torch.uint8 if source.code == "e4m3" else torch.int8
+        ("quantized", "codes"), torch.int8 if source.code.startswith("int") else torch.uint8
     )
     dtype = {**bytes, "summed": torch.float32}.get(source.kind, emission.dtype)
     number = sum(1 for name in emission.parameters if name.startswith("x"))
     return emission.array(f"x{number}", source.values, dtype)
 
 
-def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, even: bool) -> str:
+def tile_call(
+    emission: Emission, source: Source, x: str, at: str, unit: int, even: bool, live: str = "live"
+) -> str:  # fmt: skip
     """Return the call that loads a tile of x from channel `at` on."""
     channels = source.channels
     match source.kind:
+        case "quantized" if source.code == "e2m1":
+            assert source.scale is not None
+            assert source.factor is not None
+            scale = emission.array(f"{x}_scale", source.scale, torch.uint8)
+            factor = emission.array(f"{x}_factor", source.factor, torch.float32)
+            return (
+                f"fp4.row_tile({x}, {scale}, {factor}, rows, places, {at}, {channels}, "
+                f"{source.group}, {unit}, {emission.dtype_name})"
+            )
+        case "codes" if source.share > 1:
+            share = source.share
+            where = f"({at}) // {share}, {channels // share}, 1, {unit // share}"
+            return f"inputs.tile({x}, places, {live}, {where}, {even})"
         case "quantized":
             assert source.scale is not None
             scale = emission.array(f"{x}_scale", source.scale, torch.float32)
             kind = "small_float" if source.code == "e4m3" else "quantized"
             return (
-                f"inputs.{kind}_tile({x}, {scale}, rows, places, {at}, {channels}, "
+                f"inputs.{kind}_tile({x}, {scale}, rows, places, {live}, {at}, {channels}, "
                 f"{source.group}, {unit}, {emission.dtype_name})"
             )
         case "selected":
@@ -286,4 +348,4 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
                 f"inputs.summed_tile({x}, places, {at}, ROWS * {channels}, {source.parts}, "
                 f"{channels}, {unit}, {emission.dtype_name})"
             )
-    return f"inputs.tile({x}, places, {at}, {channels}, {source.after}, {unit}, {even})"
+    return f"inputs.tile({x}, places, {live}, {at}, {channels}, {source.after}, {unit}, {even})"

@@ -17,8 +17,10 @@ from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.finished import FinishedAlone, Loops
+from qc.backends.triton.linear.fp4 import Fp4Coded, Fp4Widened, fp4_tiling, widened_tiling
 from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.int8 import Int8Coded
+from qc.backends.triton.linear.kept import KeptGroups
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.planned import Planned
@@ -29,17 +31,21 @@ from qc.backends.triton.storage import half_dtype
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
+    "affine",
     "decode",
     "elementwise",
     "entries",
+    "fp4",
     "fp8",
     "fragments",
     "inputs",
     "int8",
+    "kept",
     "lanes",
     "portable",
     "products",
     "streams",
+    "tables",
     "turns",
 )
 BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
@@ -89,6 +95,8 @@ class LinearLaunches:
             return Variant(self.bucket, (streamed.launch(),))
         if (alone := FinishedAlone.of(self, stages)) is not None:
             return Variant(self.bucket, (self.launched(alone.launch()),))
+        if (kept := KeptGroups.alone(self, stages)) is not None:
+            return Variant(self.bucket, (kept.launch(),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -100,6 +108,9 @@ class LinearLaunches:
             roles = []
             for step in stages.steps:
                 if stages.level(step) == level:
+                    if (kept := KeptGroups.of(self, step)) is not None:
+                        launches.append(kept.launch())
+                        continue
                     role = self.step(step)
                     if beside and role.holds(self.bucket):
                         roles.append(role)
@@ -126,6 +137,13 @@ class LinearLaunches:
 
     def emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
         """Begin a function: its tile's rows and outputs."""
+        emission = self.plain_emission(name, tiling, outer, multiple)
+        emission.line(f"out = products.outputs(cell, BN, {outer})")
+        emission.line("block = products.first_block(cell, BN)")
+        return emission
+
+    def plain_emission(self, name: str, tiling: Tiling, outer: int, multiple: int) -> Emission:
+        """Begin a function: its tile's rows."""
         emission = Emission(name, f"{name}: {outer} x {self.linear.inner}", DEVICE)
         target = self.linear.region.target
         emission.dtype = half_dtype(target)
@@ -135,8 +153,7 @@ class LinearLaunches:
         emission.size("ROWS", SizeArgument(self.rows))
         count = "ROWS" if multiple == 1 else f"ROWS * {multiple}"
         emission.line(f"rows = inputs.numbers(tile, BM, {count})")
-        emission.line(f"out = products.outputs(cell, BN, {outer})")
-        emission.line("block = products.first_block(cell, BN)")
+        emission.line(f"live = inputs.live(tile, BM, {count})")
         return emission
 
     def step(self, step: Step) -> Planned:
@@ -159,7 +176,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, 1, BN)"
+        )
         return Planned(emission, "copy", tiling, step.outer)
 
     def copy_across(self, step: Step) -> Planned:
@@ -170,7 +189,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.tile_across(tile, BM, {step.outer})")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, BM, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, BM, BN)"
+        )
         return Planned(emission, "across", tiling, step.outer)
 
     def load_copied(self, emission: Emission, source: Source, tiling: Tiling) -> None:
@@ -191,7 +212,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, 1, BN)"
+        )
         return Planned(emission, "entries", tiling, step.outer)
 
     def product(self, step: Step, term: Term) -> Planned:
@@ -207,12 +230,12 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
-            at = "out, rows, cell, part, ROWS"
+            at = "out, rows, live, cell, part, ROWS"
             emission.line(f"products.partial({target}, acc0, {at}, {step.outer}, BN)")
         else:
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
-            at = f"out, places, cell, {step.outer}, {after}"
+            at = f"out, places, live, cell, {step.outer}, {after}"
             emission.line(f"products.store({target}, acc0, {at}, BN)")
         return Planned(emission, "chain", tiling, step.outer, step.parts, multiple)
 
@@ -237,7 +260,7 @@ class LinearLaunches:
         for acc in self.accs:
             at = emission.array(f"{acc}_parts", self.partial(acc, parts), torch.float32)
             emission.line(
-                f"products.partial({at}, {acc}, out, rows, cell, part, ROWS, {outer}, BN)"
+                f"products.partial({at}, {acc}, out, rows, live, cell, part, ROWS, {outer}, BN)"
             )
         return Planned(emission, f"linear_{stages.rules}", tiling, outer, parts)
 
@@ -341,7 +364,7 @@ class LinearLaunches:
         y = emission.array("y", ArrayArgument(RESULT), emission.dtype)
         emission.line(f"places = inputs.places(rows, {self.linear.outer}, 1, 1)")
         emission.line(
-            f"products.store({y}, {result}, out, places, cell, {self.linear.outer}, 1, BN)"
+            f"products.store({y}, {result}, out, places, live, cell, {self.linear.outer}, 1, BN)"
         )
 
     def launched(self, planned: Planned) -> Launch:
@@ -375,6 +398,10 @@ class LinearLaunches:
         """Choose the tile of a launch; `source` is what the main loop multiplies."""
         rows = LARGEST if self.bucket is None else self.bucket * multiple
         rows = min(LARGEST, 1 << (rows - 1).bit_length())
+        if source is not None and any(isinstance(term, Fp4Coded) for term in terms):
+            return fp4_tiling(rows, source.channels)
+        if source is not None and any(isinstance(term, Fp4Widened) for term in terms):
+            return widened_tiling(rows, len(terms))
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
         narrowest = min((term.unit for term in terms), default=64)
         bytes = any(isinstance(term, Int8Coded | Fp8Coded) for term in terms)
@@ -437,7 +464,10 @@ def source_of(linear: LinearRegion) -> Source:
         return Source(ArrayArgument(operand), linear.inner)
     group = min(format.group or linear.inner, linear.inner)
     codes, scale = ArrayArgument(operand, "codes"), ArrayArgument(operand, "scale")
-    return Source(codes, linear.inner, "quantized", scale=scale, group=group, code=format.code)
+    factor = ArrayArgument(operand, "factor") if format.kind == "e2m1" else None
+    return Source(
+        codes, linear.inner, "quantized", scale=scale, group=group, code=format.code, factor=factor
+    )
 
 
 def linear_rule(region: Region) -> Call | None:
@@ -446,7 +476,8 @@ def linear_rule(region: Region) -> Call | None:
     if linear is None:
         return None
     rules = LinearLaunches(linear, 1).stages().rules
-    buckets = (1, *BUCKETS) if "entries" in rules or "coded" in rules else BUCKETS
+    alone = any(name in rules for name in ("entries", "coded", "looked", "affine"))
+    buckets = (1, *BUCKETS) if alone else BUCKETS
     launches = [LinearLaunches(linear, bucket) for bucket in buckets]
     variants = tuple(each.variant() for each in launches)
     repack: dict[tuple[int, str], Repack] = {}

@@ -14,16 +14,25 @@ from typing import Literal
 import torch
 
 from qc.backends.triton.kernel import Scratch
+from qc.backends.triton.linear.affine import affine_term
 from qc.backends.triton.linear.coded import coded_term
 from qc.backends.triton.linear.decoded import Decoded
+from qc.backends.triton.linear.fp4 import fp4_term, widened_term
 from qc.backends.triton.linear.fp8 import fp8_term
 from qc.backends.triton.linear.int8 import int8_term
+from qc.backends.triton.linear.kept_layout import takes
+from qc.backends.triton.linear.looked import looked_term
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place, dtype_of
 from qc.ir.types import Dim, as_dim
 from qc.ir.weights.structure import Chain, Entries, Selected
 
-FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (coded_term,)
+FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (
+    affine_term,
+    looked_term,
+    coded_term,
+    widened_term,
+)
 """From the most special; without any of them everything still works, slower."""
 
 TILE_OF_CHAIN = 128
@@ -81,7 +90,7 @@ class Stages:
     tile: int
     """Rows of a tile."""
     products: frozenset[str] = frozenset()
-    """What the target's tensor cores multiply, int8 and f8; nothing where no fast rules are
+    """What the target's tensor cores multiply, int8, f8 and f4; nothing where no fast rules are
     wanted."""
     dtype: torch.dtype = torch.float16
     """Of copies, and of what chains leave."""
@@ -129,6 +138,8 @@ class Stages:
         term: Term | None = int8_term(place, source) if "int8" in self.products else None
         if term is None and "f8" in self.products:
             term = fp8_term(place, source)
+        if term is None and "f4" in self.products:
+            term = fp4_term(place, source)
         if term is not None:
             source = replace(source, kind="codes")
         elif source.kind == "quantized":
@@ -141,7 +152,7 @@ class Stages:
         are neighbours."""
         single = entries.width == 1
         tile = min(self.tile, MOST_ROWS if single else MOST_ROWS_OF_GROUPS)
-        if tile <= (FEW_ROWS if single else 1):
+        if tile <= (FEW_ROWS if single else 1) or (FAST_RULES and takes(place.format)):
             work = EntriesOf(place, entries, source, tile=tile)
         else:
             rows = Source(self.across(source, tile), source.channels)

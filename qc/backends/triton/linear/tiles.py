@@ -31,7 +31,7 @@ class Tiling:
 MANY_OUTPUTS = 8192
 """Outputs from which on tiles of 64 are as many programs as multiprocessors."""
 SHORT = 1024
-"""Channels below which the tile for 16 rows takes less time than those for fewer rows."""
+"""Channels below which tiles without lanes do where there are as many outputs."""
 LARGEST, MANY = 64, 128
 """Rows of a tile where nothing else was measured, and where there is any number of them."""
 AT_ONCE = 3
@@ -52,12 +52,16 @@ def coded_tilings(
     if narrowest < 4 and rows > 32:
         yield from without_spills(bits > narrowest, group, set(architectures) == {MEASURED})
     if MEASURED in architectures and NARROW not in architectures:
-        if rows <= 4 and bits <= 4:
-            if bits == 4 and alone and inner < SHORT:
-                yield Tiling(64, 16, 4, 3, 256, registers=True)
-            if bits == 4 or outer <= inner:
+        if rows <= 4 and 3 <= bits <= 4:
+            if bits == 4 or rows == 1:
                 yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
             yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
+            if bits == 4 and alone and inner < SHORT <= outer:
+                yield Tiling(64, rows, 4, 3, 256)
+        if rows <= 4 and bits == 8 and narrowest == 4 and alone:
+            yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
+            if inner < SHORT:
+                yield Tiling(64, 16, 4, 3, 256, registers=True)
         if rows > LARGEST and bits == 4:
             wide = outer >= MANY_OUTPUTS and group >= MANY
             yield (
@@ -90,18 +94,20 @@ def without_spills(several: bool, group: int, measured: bool) -> Iterator[Tiling
 
 
 def streamed(
-    outer: int, inner: int, group: int, multiprocessors: int, architectures: Collection[str]
+    outer: int, inner: int, group: int, weights: int, multiprocessors: int,
+    architectures: Collection[str],
 ) -> Tiling | None:  # fmt: skip
-    """Return the tile of programs that take tiles of outputs one after another, for one row and
-    codes of 4 bits; None where all tiles run at once, or where x or the factors of many groups
-    do not stay in registers. Measured, for groups of 64 too: 13.0 us instead of 12.7."""
+    """Return the tile of programs that take tiles of outputs of `weights` one after another, for
+    one row and codes of 4 bits; None where all tiles run at once, or where x or the factors of many
+    groups do not stay in registers. Measured, for groups of 64 too: 13.0 us instead of 12.7."""
     if MEASURED not in architectures or NARROW in architectures:
         return None
     found = Tiling(16, 1, 8, 1, lanes=8, most_registers=128)
     fits = group >= MANY and inner % (found.lanes * group) == 0 and inner <= found.lanes * 512
-    if outer % found.outputs or outer // found.outputs <= AT_ONCE * multiprocessors or not fits:
+    if outer % found.outputs or not fits:
         return None
-    return found
+    many = outer // found.outputs * weights > AT_ONCE * multiprocessors
+    return found if many else None
 
 
 def few_rows(rows: int, outer: int, inner: int, at_once: bool) -> Iterator[Tiling]:
