@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +19,7 @@ from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.finished import FinishedAlone, Loops
 from qc.backends.triton.linear.fp4 import Fp4Coded, Fp4Widened, fp4_tiling, widened_tiling
 from qc.backends.triton.linear.fp8 import Fp8Coded
+from qc.backends.triton.linear.gates import BehindGates
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.kept import KeptGroups
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
@@ -28,6 +29,7 @@ from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.backends.triton.linear.streamed import Streamed
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
 from qc.backends.triton.storage import half_dtype
+from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
@@ -97,6 +99,8 @@ class LinearLaunches:
             return Variant(self.bucket, (self.launched(alone.launch()),))
         if (kept := KeptGroups.alone(self, stages)) is not None:
             return Variant(self.bucket, (kept.launch(),))
+        if (gated := BehindGates.of(self, stages)) is not None:
+            return Variant(self.bucket, (gated.launch(),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -181,9 +185,9 @@ class LinearLaunches:
         )
         return Planned(emission, "copy", tiling, step.outer)
 
-    def copy_across(self, step: Step) -> Planned:
-        """Write a copy of x with the rows of each tile side by side."""
-        tiling = Tiling(64, step.tile, 4, 1)
+    def copy_across(self, step: Step, width: int = 64) -> Planned:
+        """Write a copy of x with the rows of each tile side by side; `width` channels a program."""
+        tiling = Tiling(width, step.tile, 4, 1)
         emission = self.emission("across", tiling, step.outer, 1)
         self.load_copied(emission, step.source, tiling)
         emission.join()
@@ -320,10 +324,10 @@ class LinearLaunches:
 
     def emit_products(
         self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
-        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (),
+        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (), early: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Write the loop over the channels of x: accumulators from zero to their sums; `entries` of
-        x are multiplied in front of it."""
+        x are multiplied in front of it. `early` stands there, too: it needs no other launch."""
         lanes = tiling.lanes
         single = self.bucket == 1  # all rows of a tile are one
         rows, tile = ("entry_rows", replace(tiling, rows=1)) if single else ("rows", tiling)
@@ -344,7 +348,7 @@ class LinearLaunches:
 
         for loop in loops:
             loop.emit_bounds()
-        early = emission.written(load)
+        early = (*emission.written(load), *early)
         emit_loop(
             emission, source, looped, parts, tiling.width, emission.written(multiply), lanes,
             tiling.registers, self.linear.outer, tiling.unit, early,
@@ -355,9 +359,16 @@ class LinearLaunches:
         for number, (acc, _) in enumerate(entries):
             emission.line(f"{acc} += extra{number}")
 
-    def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
-        """Write what follows the products, and the store."""
+    def load_extras(self, emission: Emission) -> dict[Node, str]:
+        """Write the loads of what the epilogue reads; return the names."""
         epilogue = Epilogue(emission, self.linear, {})
+        return {node: epilogue.value(node) for node in self.linear.extras}
+
+    def emit_epilogue(
+        self, emission: Emission, accs: list[str], loaded: Mapping[Node, str] | None = None
+    ) -> None:  # fmt: skip
+        """Write what follows the products, and the store; some operands may be `loaded`."""
+        epilogue = Epilogue(emission, self.linear, dict(loaded or {}))
         for node, acc in zip(self.linear.linears, accs, strict=True):
             epilogue.product(node, acc)
         result = epilogue.value(self.linear.region.root)
