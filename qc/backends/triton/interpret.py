@@ -134,6 +134,9 @@ def create_inline_asm(
 ) -> Results:  # fmt: skip
     """Stand in for the builder's method of this name."""
     shape = values[0].data.shape
+    if text.startswith("prefetch"):  # what is asked for is there
+        nothing = np.zeros(shape, np.int32)
+        return Results([interpreter.TensorHandle(nothing, type.scalar) for type in types])
     operands = [
         np.ascontiguousarray(v.data).reshape(-1, pack).view(np.uint32).reshape(-1) for v in values
     ]

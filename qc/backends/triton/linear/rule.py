@@ -20,6 +20,7 @@ from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.finished import FinishedAlone, Loops
 from qc.backends.triton.linear.fp4 import Fp4Coded, Fp4Widened, fp4_tiling, widened_tiling
 from qc.backends.triton.linear.fp8 import Fp8Coded
+from qc.backends.triton.linear.gates import BehindGates
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.kept import KeptGroups
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
@@ -100,6 +101,8 @@ class LinearLaunches:
             return Variant(self.bucket, (self.launched(alone.launch()),))
         if (kept := KeptGroups.alone(self, stages)) is not None:
             return Variant(self.bucket, (kept.launch(),))
+        if (gated := BehindGates.of(self, stages)) is not None:
+            return Variant(self.bucket, (gated.launch(),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -184,9 +187,9 @@ class LinearLaunches:
         )
         return Planned(emission, "copy", tiling, step.outer)
 
-    def copy_across(self, step: Step) -> Planned:
-        """Write a copy of x with the rows of each tile side by side."""
-        tiling = Tiling(64, step.tile, 4, 1)
+    def copy_across(self, step: Step, width: int = 64) -> Planned:
+        """Write a copy of x with the rows of each tile side by side; `width` channels a program."""
+        tiling = Tiling(width, step.tile, 4, 1)
         emission = self.emission("across", tiling, step.outer, 1)
         self.load_copied(emission, step.source, tiling)
         emission.join()
@@ -324,10 +327,10 @@ class LinearLaunches:
 
     def emit_products(
         self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
-        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (),
+        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (), early: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Write the loop over the channels of x: accumulators from zero to their sums; `entries` of
-        x are multiplied in front of it."""
+        x are multiplied in front of it. `early` stands there, too: it needs no other launch."""
         lanes = tiling.lanes
         single = self.bucket == 1  # all rows of a tile are one
         rows, tile = ("entry_rows", replace(tiling, rows=1)) if single else ("rows", tiling)
@@ -348,7 +351,7 @@ class LinearLaunches:
 
         for loop in loops:
             loop.emit_bounds()
-        early = emission.written(load)
+        early = (*emission.written(load), *early)
         emit_loop(
             emission, source, looped, parts, tiling.width, emission.written(multiply), lanes,
             tiling.registers, self.linear.outer, tiling.unit, early,
