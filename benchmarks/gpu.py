@@ -6,7 +6,8 @@
 
 tests      the GPU part of the test suite
 linears    every linear of Llama-3.1-8B and SmolLM2-135M in several formats, for several numbers of
-           rows, beside torch's float16 product, its int4 product, and gemlite's where it is there
+           rows, beside torch's float16 product, its int4 product, and those of gemlite and Marlin
+           where they are there (--marlin LIBRARY, see benchmarks/marlin/launch.cu)
 decode     whole decode steps of both shapes as CUDA graphs, beside torch in bfloat16
 verify     every kernel of an artifact against what it must compute
 
@@ -30,7 +31,8 @@ import torch
 
 import qc
 from benchmarks import gpu_decode, gpu_linear, gpu_peers
-from benchmarks.gpu_linear import Bench, Problem
+from benchmarks.gpu_linear import GOOD, Bench, Problem
+from qc.passes.recipes.rounding import INT4
 from qc.runtime.cuda.driver import Driver, find_driver
 
 LLAMA = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
@@ -39,6 +41,8 @@ ROWS = (1, 4, 16, 64, 256)
 FORMATS = (
     Problem("int4·g128", 0, 0),
     Problem("int4·g64", 0, 0),
+    Problem("int4·g128·zero", 0, 0),
+    Problem(INT4, 0, 0),
     Problem("int4·g128 + rank32", 0, 0),
     Problem("int4·g128 + sparse1%", 0, 0),
     Problem("int4·g128 + rank32 + sparse1%", 0, 0, epilogue=True),
@@ -52,7 +56,6 @@ FORMATS = (
 PLAIN_ONLY = 1 << 28
 """Weights of a matrix from which on only plain formats are measured: others would take long."""
 CHECKED = (4096, 4096), (1, 16, 64)
-GOOD = 2e-3
 
 
 @dataclass
@@ -121,7 +124,9 @@ def time_linears(report: Report, options: argparse.Namespace) -> None:
         for rows in ROWS:
             key = problem.outer, problem.inner, rows
             if key not in peers:
-                peers[key] = dict(gpu_peers.rows(problem.outer, problem.inner, rows))
+                peers[key] = dict(
+                    gpu_peers.rows(problem.outer, problem.inner, rows, options.marlin)
+                )
             report.add("linears", linear_row(bench, rows, bandwidth, peers[key]))
         del bench
         torch.cuda.empty_cache()
@@ -155,7 +160,7 @@ def time_decode(report: Report, options: argparse.Namespace) -> None:
             for name, seconds in gpu_decode.torch_rows(shape, batch, options.compile):
                 report.add("decode", decode_row(shape.name, batch, name, seconds))
             torch.cuda.empty_cache()
-        for recipe, weights in (("w4a16", "int4·g128"), ("w4", "int4·g128")):
+        for recipe, weights in (("w4a16", "int4·g128"), ("w4", "int4·g128"), ("w4", None)):
             start = time.perf_counter()
             artifact = gpu_decode.random_artifact(
                 shape, recipe, weights, architecture, options.workers
@@ -163,7 +168,7 @@ def time_decode(report: Report, options: argparse.Namespace) -> None:
             ready = time.perf_counter() - start
             for batch in (1, 16):
                 seconds = gpu_decode.time_decode(artifact, batch)
-                row = decode_row(shape.name, batch, f"qc {recipe} {weights}", seconds)
+                row = decode_row(shape.name, batch, f"qc {recipe} {weights or 'as it is'}", seconds)
                 report.add("decode", row | {"ready_after": ready} | used_memory())
             del artifact
 
@@ -232,6 +237,7 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--every", type=int, default=1, help="measure every n-th linear")
+    parser.add_argument("--marlin", type=Path, help="Marlin's library: see benchmarks/marlin")
     parser.add_argument("--compile", action="store_true", help="torch.compile, too: minutes")
     options = parser.parse_args()
     report = Report(options.output.with_suffix(".json"))

@@ -39,6 +39,8 @@ ROWS = symbol("rows")
 CACHED = 256 << 20
 """Bytes that all copies of a weight have at least: four times what an H200 caches."""
 MOST_COPIES = 64
+GOOD = 2e-3
+"""Error of a product in float16, at most."""
 REPLAYS = 20
 WARM = 3
 
@@ -46,18 +48,21 @@ WARM = 3
 @dataclass(frozen=True)
 class Problem:
     """One linear; `epilogue`: bias, SiLU and a residual behind it; `int8`: activations of 8 bits,
-    one scale a token; of small floats where weights are."""
+    one scale a token; of small floats where weights are; `gated`: two weights, of a gate and of
+    what it gates, through a SiLU."""
 
     format: str
     outer: int
     inner: int
     epilogue: bool = False
     int8: bool = False
+    gated: bool = False
 
     @property
     def label(self) -> str:
         """Name what is stored and multiplied."""
         behind = ", bias SiLU residual" if self.epilogue else ""
+        behind += ", gate and up" if self.gated else ""
         inputs = f", {self.inputs.code} inputs" if self.inputs else ""
         return f"{self.format}{inputs}{behind}"
 
@@ -69,10 +74,14 @@ class Problem:
         kind = "e4m3" if self.format.startswith("e4m3") else "int"
         return ActivationFormat(8, kind=kind) if self.int8 else None
 
-    def node(self, weight: Weight) -> Node:
+    def node(self, weights: Sequence[Weight]) -> Node:
         """Return the linear as a fused node."""
         x = make(ops.Input("x", TensorType((ROWS, self.inner), torch.float32, self.inputs)))
-        w = make(ops.Parameter(weight))
+        w, *others = (make(ops.Parameter(weight)) for weight in weights)
+        if self.gated:
+            gate, value = make(ops.Linear(), x, w), make(ops.Linear(), x, *others)
+            root = make(ops.GatedActivation("silu"), gate, value)
+            return fuse("linear", root, frozenset({gate, value, root}))
         if not self.epilogue:
             root = make(ops.Linear(), x, w)
             return fuse("linear", root, frozenset({root}))
@@ -83,15 +92,24 @@ class Problem:
         root = make(ops.Binary("add"), residual, active)
         return fuse("linear", root, frozenset({product, active, root}))
 
-    def planned(self) -> Weight:
-        """Return a weight without values."""
-        return parse_weights(self.format).planned("w", (self.outer, self.inner), torch.float32)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the weights."""
+        return ("w", "v") if self.gated else ("w",)
 
-    def weight(self, device: str) -> Weight:
-        """Return a weight of random stored values."""
+    def planned(self) -> list[Weight]:
+        """Return the weights without values."""
+        shape, format = (self.outer, self.inner), parse_weights(self.format)
+        return [format.planned(name, shape, torch.float32) for name in self.names]
+
+    def weights(self, device: str) -> list[Weight]:
+        """Return weights of random stored values."""
         shape, formats = (self.outer, self.inner), parse_weights(self.format).terms
         with torch.device(device):  # where checks of what is stored make their tables, too
-            return Weight("w", shape, tuple(random_term(each, shape, device) for each in formats))
+            return [
+                Weight(name, shape, tuple(random_term(each, shape, device) for each in formats))
+                for name in self.names
+            ]
 
     def call(self, node: Node, architecture: int) -> Call:
         """Ask the rule how the linear runs."""
@@ -158,17 +176,17 @@ class Bench:
     overlapping: bool = True
 
     @cached_property
-    def weight(self) -> Weight:
-        return self.problem.weight("cuda")
+    def weights(self) -> list[Weight]:
+        return self.problem.weights("cuda")
 
     @cached_property
     def node(self) -> Node:
-        return self.problem.node(self.weight)
+        return self.problem.node(self.weights)
 
     @property
     def bytes(self) -> int:
-        """Stored bytes of the weight."""
-        return sum(term.bits for term in self.weight.terms) // 8
+        """Stored bytes of the weights."""
+        return sum(term.bits for weight in self.weights for term in weight.terms) // 8
 
     @property
     def copies(self) -> int:
@@ -221,17 +239,23 @@ class Bench:
 
     def expected(self, values: Sequence[Any]) -> Tensor:
         """Return the result in float64."""
-        with torch.device("cuda"):
-            dense = sum(term.dense().double() for term in self.weight.terms)
         x = values[0]
         rows = (x.dequantize() if isinstance(x, QuantizedTensor) else x).cuda().double()
-        product: Tensor = rows @ dense.T
+        product, *others = (rows @ dense_of(weight).T for weight in self.weights)
+        if self.problem.gated:
+            return torch.nn.functional.silu(product) * others[0]
         if not self.problem.epilogue:
             return product
         (bias,) = (v for v in values if isinstance(v, Weight) and len(v.shape) == 1)
         (residual,) = (v for v in values[1:] if isinstance(v, Tensor))
         active = torch.nn.functional.silu(product + bias.dense().cuda().double())
         return residual.cuda().double() + active
+
+
+def dense_of(weight: Weight) -> Tensor:
+    """Return a weight in float64."""
+    with torch.device("cuda"):
+        return torch.stack([term.dense().double() for term in weight.terms]).sum(0)
 
 
 def operands(node: Node, rows: int) -> list[Any]:

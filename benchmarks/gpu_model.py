@@ -52,7 +52,7 @@ def works(row: dict[str, Any], known: dict[Problem, tuple[GpuWork, GpuWork]]) ->
     if problem not in known:
         node = problem.node(problem.planned())
         call = problem.call(node, 90)
-        weight = problem.planned()
+        (weight,) = problem.planned()
         found = gpu_work(weight.format, weight.shape, call)
         assert found is not None
         known[problem] = found, work_of_sixteen_bits(weight.shape)

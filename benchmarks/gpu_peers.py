@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_linear import (
     CACHED,
+    GOOD,
     MOST_COPIES,
     dense_seconds,
     int4_seconds,
@@ -20,13 +23,17 @@ from benchmarks.gpu_linear import (
 GROUP = 128
 
 
-def rows(outer: int, inner: int, count: int) -> Iterator[tuple[str, float]]:
-    """Yield the microseconds that others take for a product of this size."""
+def rows(
+    outer: int, inner: int, count: int, marlin: Path | None = None
+) -> Iterator[tuple[str, float]]:  # fmt: skip
+    """Yield the microseconds that others take for a product of this size; `marlin` is the library
+    that marlin/launch.cu makes."""
     yield "torch float16", dense_seconds(outer, inner, count, torch.float16) * 1e6
     yield "torch bfloat16", dense_seconds(outer, inner, count, torch.bfloat16) * 1e6
     for name, found in (
         ("torch int4·g128", int4_seconds(outer, inner, count, GROUP)),
         ("gemlite int4·g128", gemlite_seconds(outer, inner, count)),
+        ("marlin int4·g128", marlin_seconds(outer, inner, count, marlin)),
     ):
         if found is not None:
             yield name, found * 1e6
@@ -37,7 +44,11 @@ def gemlite_seconds(outer: int, inner: int, count: int) -> float | None:
     this size."""
     if importlib.util.find_spec("gemlite") is None or inner % GROUP or outer % 128:
         return None
+    import gemlite  # type: ignore[import-not-found]
     from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
+
+    if torch.cuda.get_device_capability() == (9, 0):  # it has settings for an H100 only
+        gemlite.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
 
     copies = min(MOST_COPIES, max(2, -(-CACHED // (outer * inner // 2))))
     layers = []
@@ -52,6 +63,45 @@ def gemlite_seconds(outer: int, inner: int, count: int) -> float | None:
         layers.append(layer)
     x = torch.randn(count, inner, device="cuda").half()
     return time_torch(lambda layer: layer(x), layers)
+
+
+def marlin_seconds(outer: int, inner: int, count: int, library: Path | None) -> float | None:
+    """Return the seconds of Marlin's int4 product; None where its library is not there, or has none
+    of this size. All weights are 1/2 while it is checked: their order is Marlin's own."""
+    if library is None or outer % 256 or inner % GROUP or count > 64:
+        return None
+    product = ctypes.CDLL(str(library.resolve())).marlin_product
+    copies = min(MOST_COPIES, max(2, -(-CACHED // (outer * inner // 2))))
+    sizes = inner // 16, outer * 2
+    nines = torch.full(sizes, 0x99999999 - (1 << 32), dtype=torch.int32, device="cuda")
+    halves = torch.full((inner // GROUP, outer), 0.5, dtype=torch.float16, device="cuda")
+    x = torch.randn(count, inner, device="cuda").half()
+    result = torch.empty(count, outer, dtype=torch.float16, device="cuda")
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    sums = torch.empty(programs * 64 * 256, device="cuda")
+    locks = torch.zeros(4096, dtype=torch.int32, device="cuda")
+
+    def multiply(weight: tuple[Tensor, Tensor]) -> None:
+        arrays = (x, *weight, result, sums, locks)
+        pointers = [ctypes.c_void_p(each.data_ptr()) for each in arrays]
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = product(*pointers, count, outer, inner, stream)
+        if code:
+            raise RuntimeError(f"Marlin's launch of {outer} x {inner} failed: CUDA error {code}")
+
+    multiply((nines, halves))
+    expected = x.double().sum(1, keepdim=True).expand(count, outer) / 2
+    error = float((result.double() - expected).norm() / expected.norm())
+    if not error < GOOD:
+        raise RuntimeError(f"Marlin's product of {outer} x {inner} is off by {error}")
+    weights = [
+        (
+            torch.randint(-(1 << 31), 1 << 31, sizes, dtype=torch.int32, device="cuda"),
+            halves.clone(),
+        )
+        for _ in range(copies)
+    ]
+    return time_torch(multiply, weights)
 
 
 SHOWN = (

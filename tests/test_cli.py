@@ -27,10 +27,9 @@ def compiled(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Compile in a process of its own; return the artifact and what was said."""
     place = tmp_path_factory.mktemp("cli") / "llama.qc"
-    command = "import sys; from qc.cli import main; sys.exit(main())"
     arguments = ["compile", str(folder), "--target", "cpu-w4", "-o", str(place)]
     done = subprocess.run(
-        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "qc", *arguments], capture_output=True, text=True, check=False
     )
     return place, done
 

@@ -3,7 +3,7 @@ and products of floats of 4 bits.
 
 For tests only. It works where TRITON_INTERPRET=1 was set before Triton was imported. What the
 emulation checks is our reading of PTX; that the assembler reads it so, a GPU has to confirm.
-Source: PTX ISA 8.5, sections 9.7.8.6 (lop3), 9.7.4.4 (fma.f16x2, fma.bf16x2).
+Source: PTX ISA 8.5, sections 9.7.8.6 (lop3), 9.7.9.7 (prmt), 9.7.4.4 (fma.f16x2, fma.bf16x2).
 
 Triton's interpreter keeps bfloat16 as bits in uint16 and computes with those numbers; here its
 operations widen them to float32, and round results to nearest, ties to even.
@@ -66,12 +66,28 @@ def fused_brain(a: Words, b: Words, c: Words) -> Words:
     return np.ascontiguousarray(rounded).view(np.uint32).reshape(a.shape)
 
 
+def permuted(a: Words, b: Words, selector: Words) -> Words:
+    """Pick four bytes of (a, b), each by the lowest bits of a nibble; none may have its highest
+    bit set, which would ask for signs."""
+    if (selector & np.uint32(0x8888)).any():
+        raise NotImplementedError("prmt that spreads signs")
+    bytes = np.stack(
+        [word >> np.uint32(8 * n) & np.uint32(255) for word in (a, b) for n in range(4)]
+    )
+    result = np.zeros_like(a)
+    for n in range(4):
+        choice = (selector >> np.uint32(4 * n) & np.uint32(7)).astype(np.int64)
+        result |= np.take_along_axis(bytes, choice[None], 0)[0] << np.uint32(8 * n)
+    return result
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n,
     "and.b32": lambda a, b: a & b,
     "lop3.b32": lop3,
+    "prmt.b32": permuted,
     "fma.rn.f16x2": fused,
     "fma.rn.bf16x2": fused_brain,
 }
@@ -108,8 +124,8 @@ class Results:
         return self.handles[number]
 
 
-KINDS = {tl.bfloat16: np.uint16, tl.int16: np.int16}
-"""How the interpreter keeps numbers of 16 bits, but float16."""
+KINDS = {tl.bfloat16: np.uint16, tl.int16: np.int16, tl.int32: np.int32}
+"""How the interpreter keeps what registers hold, but float16."""
 
 
 def create_inline_asm(
@@ -118,6 +134,9 @@ def create_inline_asm(
 ) -> Results:  # fmt: skip
     """Stand in for the builder's method of this name."""
     shape = values[0].data.shape
+    if text.startswith("prefetch"):  # what is asked for is there
+        nothing = np.zeros(shape, np.int32)
+        return Results([interpreter.TensorHandle(nothing, type.scalar) for type in types])
     operands = [
         np.ascontiguousarray(v.data).reshape(-1, pack).view(np.uint32).reshape(-1) for v in values
     ]
@@ -125,7 +144,7 @@ def create_inline_asm(
     handles = []
     for words, type in zip(found, types, strict=True):
         element = getattr(type, "scalar", type)
-        if pack == 1:  # registers of 16 bits
+        if pack == 1 and element != tl.int32:  # registers of 16 bits
             words = words.astype(np.uint16)
         kind = np.int8 if pack == 4 else KINDS.get(element, np.float16)  # what fills a register
         data = np.ascontiguousarray(words).view(kind).reshape(shape)

@@ -32,8 +32,36 @@ STREAMED = (
     Case("int4·g128·zero", 64, 1024, 1, None, "residual", multiprocessors=1),
     Case("int4·g128", 80, 2048, 1, dtype="bf16", multiprocessors=1),
     Case("int4·g128", 80, 4096, 1, multiprocessors=1),
+    Case("int4·g128", 80, 1024, 1, None, "gated", multiprocessors=1),
+    Case("int4·g128·scale(uint8·row)", 64, 2048, 1, None, "gated", multiprocessors=1),
+    Case("int4·g128 + rank8 + sparse1%", 320, 1024, 1, None, "all", multiprocessors=4),
+    Case("int4·g128 + rank12·factors(int8·row)", 256, 2048, 1, multiprocessors=8),
+    Case("int4·g128 + sparse8%", 64, 1024, 1, None, "residual", multiprocessors=2),
 )
 """More tiles of outputs than programs run at once: those take one after another."""
+
+LOOKED = (
+    Case("lookup4·row", 128, 512, 1),
+    Case("lookup4·row + sparse0.45%", 50, 320, 5, None, "bias"),
+    Case("lookup3·row", 72, 512, 3, None, "gated"),
+    Case("lookup2·t32xall", 80, 256, 17, 32, "all"),
+    Case("lookup1·row", 33, 300, 2),
+    Case("nf4·g64", 128, 4096, 1),
+    Case("nf4·g32·scale(uint8·row)", 64, 160, 9, None, "residual"),
+    Case("lookup3·tensor·by(g64)", 50, 384, 70),
+)
+"""Codes that are looked up in registers."""
+
+AFFINE = (
+    Case("int4·g32·min·scale(uint8·row)·minimum(uint8·row)", 128, 4096, 1),
+    Case("int4·g32·min·scale(uint8·row)·minimum(uint8·row)", 50, 160, 9, 32, "gated"),
+    Case("int3·g32·min·scale(uint6·row)·minimum(uint6·row)", 72, 512, 3, 32, "all"),
+    Case("int2·g32·min", 33, 320, 17),
+    Case("int4·g64·zero + rank8", 50, 1024, 70, None, "residual"),
+    Case("int4·g32", 48, 96, 5, None, "bias"),
+    Case("nf4·g32", 48, 512, 2),
+)
+"""Weights that are made in registers, for their groups are small."""
 
 FP8 = tuple(
     Case(format, outer, inner, rows, 0, epilogue, kind="e4m3", dtype=dtype, architecture=machine)
@@ -113,4 +141,6 @@ def examples() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
-    return [*examples(), *SUMS, *STREAMED, *FP8, *FP4, *WIDENED, *KEPT, *BUCKETS]
+    return [
+        *examples(), *SUMS, *STREAMED, *LOOKED, *AFFINE, *FP8, *FP4, *WIDENED, *KEPT, *BUCKETS,
+    ]  # fmt: skip

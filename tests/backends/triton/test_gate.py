@@ -166,6 +166,18 @@ def test_small_floats_are_unpacked_like_codes(format: str, budget: float) -> Non
 
 
 @pytest.mark.parametrize(
+    ("format", "rows", "budget"),
+    [("int3·g128", 1, 3.6), ("lookup3·row", 1, 3.7), ("lookup4·row", 16, 5.5), ("nf4·g64", 1, 6.5)],
+)
+def test_tables_are_looked_up_in_registers(format: str, rows: int, budget: float) -> None:
+    """What Triton 3.9 gave, and a tenth more; 3 bits as two planes took 4.3."""
+    launch = main_launch(Case(format, 4096, 14336), rows, 90)
+    cubin = compile_launch(launch, 90)
+    assert objections(cubin, weights_of_a_step(launch), budget) == []
+    assert loop_of(cubin).count("PRMT")
+
+
+@pytest.mark.parametrize(
     ("architecture", "kind"),
     [(90, "QGMMA"), *(pytest.param(n, "QMMA", marks=pytest.mark.slow) for n in (89, 120))],
 )

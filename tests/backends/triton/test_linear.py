@@ -16,10 +16,12 @@ from qc.backends.triton.kernel import Call
 from tests.backends.triton.cases import Case, call_of, result_dtype
 from tests.backends.triton.linear_worker import Interpreter
 from tests.backends.triton.sweep import (
+    AFFINE,
     BUCKETS,
     FP4,
     FP8,
     KEPT,
+    LOOKED,
     STREAMED,
     SUMS,
     WIDENED,
@@ -37,6 +39,8 @@ QUICK = (
     *SUMS[:4],
     SUMS[-1],
     STREAMED[0],
+    *LOOKED,
+    *AFFINE,
     *FP8[::2],
     *FP4[::2],
     *WIDENED,
@@ -59,7 +63,10 @@ def in_bfloat16(case: Case) -> Case:
 
 
 PORTABLE = (
-    *(replace(case, architecture="gfx942") for case in (SUMS[3], SUMS[2], *BRAINS)),
+    *(
+        replace(case, architecture="gfx942")
+        for case in (SUMS[3], SUMS[2], *LOOKED[1:4], *AFFINE[1:3], *BRAINS)
+    ),
     Case("int4·g128", 64, 512, 2, 256, architecture="gfx942"),
     replace(FP8[0], architecture="gfx942"),
     *(replace(case, architecture="gfx942") for case in (FP4[0], KEPT[0], KEPT[4])),

@@ -16,6 +16,13 @@ def numbers(tile, SIZE: tl.constexpr, COUNT):
 
 
 @triton.jit
+def live(tile, SIZE: tl.constexpr, COUNT):
+    """Say which rows of a tile there are, i1[SIZE]. Nothing is loaded for others: all programs
+    would ask for the last row again and again, and wait for the few lines that it lies in."""
+    return tile * SIZE + tl.arange(0, SIZE) < COUNT
+
+
+@triton.jit
 def places(rows, CHANNELS: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr):
     """Return where rows start, i64: row (r BEFORE + b) AFTER + a is [r, b, :, a] of an array
     [..., BEFORE, CHANNELS, AFTER]."""
@@ -25,41 +32,42 @@ def places(rows, CHANNELS: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constex
 
 
 @triton.jit
-def tile(x, places, start, CHANNELS: tl.constexpr, AFTER: tl.constexpr, WIDTH: tl.constexpr,
+def tile(x, places, live, start, CHANNELS: tl.constexpr, AFTER: tl.constexpr, WIDTH: tl.constexpr,
          EVEN: tl.constexpr):  # fmt: skip
-    """Load channels start to start + WIDTH of some rows, [WIDTH, rows]; 0 beyond CHANNELS."""
+    """Load channels start to start + WIDTH of some rows, [WIDTH, rows]; 0 beyond CHANNELS, and in
+    rows that are not live."""
     channel = start + tl.arange(0, WIDTH)
     at = x + places[None, :] + (channel * AFTER)[:, None]
     if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=(channel < CHANNELS)[:, None], other=0)
+        return tl.load(at, mask=live[None, :], other=0)
+    return tl.load(at, mask=(channel < CHANNELS)[:, None] & live[None, :], other=0)
 
 
 @triton.jit
-def codes_and_scales(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-                     WIDTH: tl.constexpr):  # fmt: skip
+def codes_and_scales(codes, scale, rows, places, live, start, CHANNELS: tl.constexpr,
+                     GROUP: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Load channels of quantized rows and the scales of their groups, [WIDTH, rows] both."""
     channel = start + tl.arange(0, WIDTH)
-    inside = (channel < CHANNELS)[:, None]
+    inside = (channel < CHANNELS)[:, None] & live[None, :]
     GROUPS: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
     code = tl.load(codes + places[None, :] + channel[:, None], mask=inside, other=0)
     at = scale + rows[None, :] * GROUPS + tl.minimum(channel // GROUP, GROUPS - 1)[:, None]
-    return code, tl.load(at)
+    return code, tl.load(at, mask=live[None, :], other=0.0)
 
 
 @triton.jit
-def quantized_tile(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-                   WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def quantized_tile(codes, scale, rows, places, live, start, CHANNELS: tl.constexpr,
+                   GROUP: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Load channels of quantized rows and widen them: code * scale, rounded to DTYPE."""
-    code, factor = codes_and_scales(codes, scale, rows, places, start, CHANNELS, GROUP, WIDTH)
+    code, factor = codes_and_scales(codes, scale, rows, places, live, start, CHANNELS, GROUP, WIDTH)
     return (code.to(tl.float32) * factor).to(DTYPE)
 
 
 @triton.jit
-def small_float_tile(codes, scale, rows, places, start, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-                     WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def small_float_tile(codes, scale, rows, places, live, start, CHANNELS: tl.constexpr,
+                     GROUP: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Load channels of rows of e4m3 and widen them like `quantized_tile`."""
-    code, factor = codes_and_scales(codes, scale, rows, places, start, CHANNELS, GROUP, WIDTH)
+    code, factor = codes_and_scales(codes, scale, rows, places, live, start, CHANNELS, GROUP, WIDTH)
     return (from_e4m3(code).to(tl.float32) * (factor * 256.0)).to(DTYPE)
 
 

@@ -29,6 +29,12 @@ def numbers(tile, SIZE: tl.constexpr, COUNT, LANES: tl.constexpr):
 
 
 @triton.jit
+def live(tile, SIZE: tl.constexpr, COUNT, LANES: tl.constexpr):
+    """Say which columns of a tile have rows of x, i1[LANES SIZE]."""
+    return tile * SIZE + tl.arange(0, SIZE * LANES) % SIZE < COUNT
+
+
+@triton.jit
 def places(rows, SIZE: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr):
     """Return where the columns of a tile start in an array [rows, CHANNELS], i64."""
     lane = tl.arange(0, SIZE * LANES) // SIZE

@@ -64,13 +64,13 @@ def first_channel(cell, SIZE: tl.constexpr):
 
 
 @triton.jit
-def partial(at, acc, out, rows, cell, part, ROWS, OUT: tl.constexpr, SIZE: tl.constexpr):
-    """Store a partial sum as f32[part, ROWS, OUT]. Rows beyond the last repeat it."""
+def partial(at, acc, out, rows, live, cell, part, ROWS, OUT: tl.constexpr, SIZE: tl.constexpr):
+    """Store a partial sum of live rows as f32[part, ROWS, OUT]."""
     here = (tl.cast(part, tl.int64) * ROWS + rows[None, :]) * OUT + out[:, None]
     if OUT % SIZE == 0:
-        tl.store(at + here, acc)
+        tl.store(at + here, acc, mask=live[None, :])
     else:
-        tl.store(at + here, acc, mask=inside(cell, SIZE, OUT))
+        tl.store(at + here, acc, mask=inside(cell, SIZE, OUT) & live[None, :])
 
 
 @triton.jit
@@ -102,12 +102,12 @@ def number(at):
 
 
 @triton.jit
-def store(y, acc, out, places, cell, OUT: tl.constexpr, AFTER: tl.constexpr,
+def store(y, acc, out, places, live, cell, OUT: tl.constexpr, AFTER: tl.constexpr,
           SIZE: tl.constexpr):  # fmt: skip
-    """Store a tile of the result. Rows beyond the last repeat it, and get the same values."""
+    """Store the live rows of a tile of the result."""
     at = y + places[None, :] + (out * AFTER)[:, None]
     value = acc.to(y.dtype.element_ty)
     if OUT % SIZE == 0:
-        tl.store(at, value)
+        tl.store(at, value, mask=live[None, :])
     else:
-        tl.store(at, value, mask=inside(cell, SIZE, OUT))
+        tl.store(at, value, mask=inside(cell, SIZE, OUT) & live[None, :])

@@ -49,6 +49,14 @@ LARGEST_UNIT = 64
 
 
 @dataclass(frozen=True)
+class Table:
+    """An array of values [tables, 1, 2^bits], one for so many rows."""
+
+    array: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class Stream:
     """Codes of `bits` bits that a term reads one after the other: an array of bytes, the places
     on its leading axes, and what its values are: digit * code + offset."""
@@ -61,6 +69,8 @@ class Stream:
     half: tuple[int, int] | None = None
     """Of codes that are small floats: a code's lowest bits, so many, moved up by so much, and its
     highest bit as the sign, are the float16 that it stands for."""
+    table: Table | None = None
+    """Of codes that are places in a table."""
 
 
 @dataclass(frozen=True)
@@ -266,10 +276,18 @@ def across(array: str, weight: Weight) -> Tensor:
 
 def coded_term(place: Place) -> Coded | None:
     """Take a term whose weights are codes times shared factors."""
+    found = matched(place)
+    if found is None or any(part.stream and part.stream.table for part in found.parts):
+        return None
+    return found
+
+
+def matched(place: Place) -> Coded | None:
+    """View weights as codes, or places in tables, times shared factors."""
     if is_structural(place.decode) or place.inner < RUN:
         return None
     columns = columns_of_step(place.decode, STEP * RUN, RUN, {ROW: place.outer})
-    parts = [coded_part(part) for part in factored(columns)]
+    parts = [coded_part(part, place) for part in factored(columns)]
     found = [part for part in parts if part is not None]
     if len(found) != len(parts) or not any(part.stream for part in found):
         return None
@@ -284,24 +302,27 @@ def coded_term(place: Place) -> Coded | None:
     return None
 
 
-def coded_part(part: FormPart) -> CodedPart | None:
+def coded_part(part: FormPart, place: Place) -> CodedPart | None:
     """View a part as codes times a factor; None where its values are something else."""
     if part.values is None:
         return CodedPart(part.factor, None)
-    streams = {stream_of(value, column) for column, value in enumerate(part.values)}
+    streams = {stream_of(value, column, place) for column, value in enumerate(part.values)}
     if len(streams) != 1 or (stream := streams.pop()) is None:
         return None
     return CodedPart(part.factor, stream)
 
 
-def stream_of(value: Expr, column: int) -> Stream | None:
-    """View the value of a column of a step as digit * code + offset, or as a small float."""
+def stream_of(value: Expr, column: int, place: Place) -> Stream | None:
+    """View the value of a column of a step as digit * code + offset, as a small float, or as what
+    stands in a table."""
     digit, offset = 1, 0
     match value:
         case ToFloat(inner):
             value = inner
         case AsHalf(inner):
             return half_stream(inner, column)
+        case Load():
+            return table_stream(value, column, place)
         case _:
             return None
     match value:
@@ -347,6 +368,28 @@ def half_stream(bits: Expr, column: int) -> Stream | None:
     return None
 
 
+def table_stream(value: Load, column: int, place: Place) -> Stream | None:
+    """View a value as one of a table that a row has, some rows, or all."""
+    match value.index:
+        case (number, Const(0), Code() as code):
+            rows = rows_of_table(number, place.outer)
+            lead = lead_of(code, column)
+            if rows is None or lead is None or place.specs[value.array].dtype != torch.float16:
+                return None
+            return Stream(code.array, lead, code.width, table=Table(value.array, rows))
+    return None
+
+
+def rows_of_table(number: Expr, outer: int) -> int | None:
+    """Return how many rows share the table of this number."""
+    match number:
+        case Const(0):
+            return outer
+        case Arith("floordiv", left, Const(int(rows))) if left == ROW:
+            return rows
+    return 1 if number == ROW else None
+
+
 def over_groups(part: CodedPart, runs: int, place: Place) -> CodedPart | None:
     """Write a factor over groups of `runs` runs of 32 channels; None where it varies inside."""
     if part.factor is None:
@@ -364,7 +407,7 @@ def with_zero_points(parts: Sequence[CodedPart]) -> list[CodedPart]:
     """Fold constant zero points into the codes:  s q + (-8 s) 1  -->  s (q - 8)."""
     kept = list(parts)
     for part in parts:
-        if part.stream is None or part.stream.offset or part.stream.half is not None:
+        if part.stream is None or part.stream.offset or part.stream.half or part.stream.table:
             continue
         for other in kept:
             number = multiple_of(other, part)

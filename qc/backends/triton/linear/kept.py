@@ -124,7 +124,7 @@ class KeptGroups(ABC):
         outer = self.owner.linear.outer
         target = emission.array("target", self.step.target, self.step.target.dtype)
         emission.line(f"places = inputs.places(rows, {outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {outer}, 1, BN)")
+        emission.line(f"products.store({target}, acc0, out, places, live, cell, {outer}, 1, BN)")
 
     def emit_last(
         self, emission: Emission, tiling: Tiling, pieces: int, cell: str, piece: str, count: str,

@@ -119,6 +119,11 @@ class Loop:
         return "out" if self.lanes == 1 else "lane_out"
 
     @property
+    def live(self) -> str:
+        """Which columns of a tile of x there are."""
+        return "live" if self.lanes == 1 else "loaded"
+
+    @property
     def size(self) -> str:
         """The number of rows of a tile."""
         return "BN" if self.lanes == 1 else f"BN * {self.lanes}"
@@ -138,14 +143,19 @@ class Loop:
         return self.tiles[start // self.unit]
 
     def group(self, step: str, size: int, number: int, surely: bool) -> str:
+        """Return the numbers of a group of `size` channels, one a row of a tile with lanes."""
+        at = self.number(step, size, number, surely)
+        count = -(-self.channels // size)
+        return at if self.lanes == 1 else f"lanes.groups({at}, BN, {self.lanes}, {count})"
+
+    def number(self, step: str, size: int, number: int, surely: bool) -> str:
         """Return the number of a group of `size` channels: of a step's, the number'th. Where the
         step is not `surely` one of the loop's, the last group at most."""
         per_step = self.width // size
         at = step if per_step == 1 else f"({step}) * {per_step}"
         at = f"{at} + {number}" if number else at
         count = -(-self.channels // size)
-        at = at if self.even and surely else f"tl.minimum({at}, {count - 1})"
-        return at if self.lanes == 1 else f"lanes.groups({at}, BN, {self.lanes}, {count})"
+        return at if self.even and surely else f"tl.minimum({at}, {count - 1})"
 
     def loaded_ahead(self, emission: Emission, size: int, number: int, call: str) -> str:
         """Write a load for a group, a step before it is used: a cache miss then costs no time.
@@ -161,13 +171,27 @@ class Loop:
     ) -> str:
         """Write the loads of the words of a plane from channel `start` of a step on: in registers,
         a step ahead."""
+        pairs = self.pairs_ahead(emission, name, start, columns, sizes)
+        return emission.bind(f"fragments.words({pairs})")
+
+    def pairs_ahead(
+        self, emission: Emission, name: str, start: int, columns: int, sizes: str
+    ) -> str:
+        """Write the loads of pairs of words of a plane, likewise."""
         sizes = f"{sizes}, BN, {self.lanes}"
         at, after = (
             self.stored_at(f"({step}) * {self.width} + {start}", columns)
             for step in (self.first, f"tl.minimum(step + 1, {self.steps - 1})")
         )
         at, after = (f"fragments.load_pairs({name}, block, {k}, {sizes})" for k in (at, after))
-        return emission.bind(f"fragments.words({self.carried(emission, at, after)})")
+        return self.carried(emission, at, after)
+
+    def before(self, emission: Emission, call: str) -> str:
+        """Write what is the same for all steps in front of the loop; return its name."""
+        emission.bound += 1
+        name = f"t{emission.bound}_0"
+        self.ahead.append(f"{name} = {call}")
+        return name
 
     def carried(self, emission: Emission, first: str, after: str) -> str:
         """Write a load in front of the loop, and in a step that of the one after; return the name
@@ -226,7 +250,8 @@ def emit_loop(
     looped, before = loop.steps > 1 and not (alone and parts > 1), emission.lines
     emission.lines, emission.depth = [], emission.depth + looped
     for start in range(0, width, loop.unit):
-        tile = tile_call(emission, source, x, loop.at(start), loop.unit, loop.even)
+        at = loop.at(start)
+        tile = tile_call(emission, source, x, at, loop.unit, loop.even, loop.live)
         loop.tiles.append(emission.bind(tile))
     for acc, term in terms:
         term.emit(emission, loop, acc)
@@ -243,6 +268,8 @@ def emit_loop(
     for line in (*begin, *loop.begins):
         emission.line(line)
     emission.line(places_of(source, lanes))
+    if lanes > 1:
+        emission.line(f"loaded = lanes.live(tile, BM, ROWS, {lanes})")
     if looped:
         emission.line(f"for step in tl.range({loop.first}, {loop.last}):")
         emission.depth += 1
@@ -284,7 +311,9 @@ def declare(emission: Emission, source: Source) -> str:
     return emission.array(f"x{number}", source.values, dtype)
 
 
-def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, even: bool) -> str:
+def tile_call(
+    emission: Emission, source: Source, x: str, at: str, unit: int, even: bool, live: str = "live"
+) -> str:  # fmt: skip
     """Return the call that loads a tile of x from channel `at` on."""
     channels = source.channels
     match source.kind:
@@ -300,13 +329,13 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
         case "codes" if source.share > 1:
             share = source.share
             where = f"({at}) // {share}, {channels // share}, 1, {unit // share}"
-            return f"inputs.tile({x}, places, {where}, {even})"
+            return f"inputs.tile({x}, places, {live}, {where}, {even})"
         case "quantized":
             assert source.scale is not None
             scale = emission.array(f"{x}_scale", source.scale, torch.float32)
             kind = "small_float" if source.code == "e4m3" else "quantized"
             return (
-                f"inputs.{kind}_tile({x}, {scale}, rows, places, {at}, {channels}, "
+                f"inputs.{kind}_tile({x}, {scale}, rows, places, {live}, {at}, {channels}, "
                 f"{source.group}, {unit}, {emission.dtype_name})"
             )
         case "selected":
@@ -319,4 +348,4 @@ def tile_call(emission: Emission, source: Source, x: str, at: str, unit: int, ev
                 f"inputs.summed_tile({x}, places, {at}, ROWS * {channels}, {source.parts}, "
                 f"{channels}, {unit}, {emission.dtype_name})"
             )
-    return f"inputs.tile({x}, places, {at}, {channels}, {source.after}, {unit}, {even})"
+    return f"inputs.tile({x}, places, {live}, {at}, {channels}, {source.after}, {unit}, {even})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,12 +13,14 @@ from qc.backends.triton.emit import WHERE, Emission, combined
 from qc.backends.triton.kernel import Call, Cells, Grid, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear import tiles
+from qc.backends.triton.linear.affine import Affine
 from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
 from qc.backends.triton.linear.finished import FinishedAlone, Loops
 from qc.backends.triton.linear.fp4 import Fp4Coded, Fp4Widened, fp4_tiling, widened_tiling
 from qc.backends.triton.linear.fp8 import Fp8Coded
+from qc.backends.triton.linear.gates import BehindGates
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.kept import KeptGroups
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
@@ -28,9 +30,11 @@ from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.backends.triton.linear.streamed import Streamed
 from qc.backends.triton.linear.tiles import LARGEST, Tiling
 from qc.backends.triton.storage import half_dtype
+from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim
 
 DEVICE = (
+    "affine",
     "decode",
     "elementwise",
     "entries",
@@ -43,7 +47,9 @@ DEVICE = (
     "lanes",
     "portable",
     "products",
+    "ranks",
     "streams",
+    "tables",
     "turns",
 )
 BUCKETS: tuple[int | None, ...] = (4, 16, 32, 64, None)
@@ -95,6 +101,8 @@ class LinearLaunches:
             return Variant(self.bucket, (self.launched(alone.launch()),))
         if (kept := KeptGroups.alone(self, stages)) is not None:
             return Variant(self.bucket, (kept.launch(),))
+        if (gated := BehindGates.of(self, stages)) is not None:
+            return Variant(self.bucket, (gated.launch(),))
         works = [step.work for step in stages.steps]
         self.crowded = any(isinstance(work, EntriesOf) and work.across for work in works)
         loops = list(stages.loops.items())
@@ -151,6 +159,7 @@ class LinearLaunches:
         emission.size("ROWS", SizeArgument(self.rows))
         count = "ROWS" if multiple == 1 else f"ROWS * {multiple}"
         emission.line(f"rows = inputs.numbers(tile, BM, {count})")
+        emission.line(f"live = inputs.live(tile, BM, {count})")
         return emission
 
     def step(self, step: Step) -> Planned:
@@ -173,18 +182,22 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, 1, BN)"
+        )
         return Planned(emission, "copy", tiling, step.outer)
 
-    def copy_across(self, step: Step) -> Planned:
-        """Write a copy of x with the rows of each tile side by side."""
-        tiling = Tiling(64, step.tile, 4, 1)
+    def copy_across(self, step: Step, width: int = 64) -> Planned:
+        """Write a copy of x with the rows of each tile side by side; `width` channels a program."""
+        tiling = Tiling(width, step.tile, 4, 1)
         emission = self.emission("across", tiling, step.outer, 1)
         self.load_copied(emission, step.source, tiling)
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.tile_across(tile, BM, {step.outer})")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, BM, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, BM, BN)"
+        )
         return Planned(emission, "across", tiling, step.outer)
 
     def load_copied(self, emission: Emission, source: Source, tiling: Tiling) -> None:
@@ -205,7 +218,9 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         emission.line(f"places = inputs.places(rows, {step.outer}, 1, 1)")
-        emission.line(f"products.store({target}, acc0, out, places, cell, {step.outer}, 1, BN)")
+        emission.line(
+            f"products.store({target}, acc0, out, places, live, cell, {step.outer}, 1, BN)"
+        )
         return Planned(emission, "entries", tiling, step.outer)
 
     def product(self, step: Step, term: Term) -> Planned:
@@ -221,12 +236,12 @@ class LinearLaunches:
         emission.join()
         target = emission.array("target", step.target, step.target.dtype)
         if step.parts > 1:
-            at = "out, rows, cell, part, ROWS"
+            at = "out, rows, live, cell, part, ROWS"
             emission.line(f"products.partial({target}, acc0, {at}, {step.outer}, BN)")
         else:
             after = source.after
             emission.line(f"places = inputs.places(rows, {step.outer}, 1, {after})")
-            at = f"out, places, cell, {step.outer}, {after}"
+            at = f"out, places, live, cell, {step.outer}, {after}"
             emission.line(f"products.store({target}, acc0, {at}, BN)")
         return Planned(emission, "chain", tiling, step.outer, step.parts, multiple)
 
@@ -251,7 +266,7 @@ class LinearLaunches:
         for acc in self.accs:
             at = emission.array(f"{acc}_parts", self.partial(acc, parts), torch.float32)
             emission.line(
-                f"products.partial({at}, {acc}, out, rows, cell, part, ROWS, {outer}, BN)"
+                f"products.partial({at}, {acc}, out, rows, live, cell, part, ROWS, {outer}, BN)"
             )
         return Planned(emission, f"linear_{stages.rules}", tiling, outer, parts)
 
@@ -272,7 +287,8 @@ class LinearLaunches:
         if parts > 1 and not beside:
             launches.append(self.launched(self.loop(stages, loops)))
         if parts > 1 or beside:
-            tiling = replace(tiling, outputs=32, stages=1)  # it waits rather than works
+            # it waits rather than works
+            tiling = replace(tiling, outputs=32, stages=1, most_programs=None)
             emission = self.emission("finish", tiling, outer, 1)
             loops = loops[1:]
             begin = [self.summed(emission, acc, parts) for acc in self.accs]
@@ -311,10 +327,10 @@ class LinearLaunches:
 
     def emit_products(
         self, emission: Emission, source: Source, looped: list[tuple[str, Term]], tiling: Tiling,
-        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (),
+        parts: int, entries: Sequence[tuple[str, EntriesOf]] = (), early: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Write the loop over the channels of x: accumulators from zero to their sums; `entries` of
-        x are multiplied in front of it."""
+        x are multiplied in front of it. `early` stands there, too: it needs no other launch."""
         lanes = tiling.lanes
         single = self.bucket == 1  # all rows of a tile are one
         rows, tile = ("entry_rows", replace(tiling, rows=1)) if single else ("rows", tiling)
@@ -335,7 +351,7 @@ class LinearLaunches:
 
         for loop in loops:
             loop.emit_bounds()
-        early = emission.written(load)
+        early = (*emission.written(load), *early)
         emit_loop(
             emission, source, looped, parts, tiling.width, emission.written(multiply), lanes,
             tiling.registers, self.linear.outer, tiling.unit, early,
@@ -346,16 +362,23 @@ class LinearLaunches:
         for number, (acc, _) in enumerate(entries):
             emission.line(f"{acc} += extra{number}")
 
-    def emit_epilogue(self, emission: Emission, accs: list[str]) -> None:
-        """Write what follows the products, and the store."""
+    def load_extras(self, emission: Emission) -> dict[Node, str]:
+        """Write the loads of what the epilogue reads; return the names."""
         epilogue = Epilogue(emission, self.linear, {})
+        return {node: epilogue.value(node) for node in self.linear.extras}
+
+    def emit_epilogue(
+        self, emission: Emission, accs: list[str], loaded: Mapping[Node, str] | None = None
+    ) -> None:  # fmt: skip
+        """Write what follows the products, and the store; some operands may be `loaded`."""
+        epilogue = Epilogue(emission, self.linear, dict(loaded or {}))
         for node, acc in zip(self.linear.linears, accs, strict=True):
             epilogue.product(node, acc)
         result = epilogue.value(self.linear.region.root)
         y = emission.array("y", ArrayArgument(RESULT), emission.dtype)
         emission.line(f"places = inputs.places(rows, {self.linear.outer}, 1, 1)")
         emission.line(
-            f"products.store({y}, {result}, out, places, cell, {self.linear.outer}, 1, BN)"
+            f"products.store({y}, {result}, out, places, live, cell, {self.linear.outer}, 1, BN)"
         )
 
     def launched(self, planned: Planned) -> Launch:
@@ -369,7 +392,9 @@ class LinearLaunches:
         self.repack |= emission.repack
         for axis, name in reversed(list(enumerate(WHERE))):
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
-        return emission.launch(rule, grid, tiling.warps, tiling.stages, tiling.most_registers)
+        return emission.launch(
+            rule, grid, tiling.warps, tiling.stages, tiling.most_registers, tiling.most_programs
+        )
 
     def together(self, planned: Sequence[Planned]) -> list[Launch]:
         """Close functions that share a launch."""
@@ -406,6 +431,9 @@ class LinearLaunches:
         bits = sum(term.bits for term in terms if isinstance(term, Coded))
         group = min(term.group for term in terms if isinstance(term, Coded))
         architectures = gpu.architectures if gpu else ()
+        made = all(isinstance(term, Affine) for term in terms)
+        if made and self.linear.outer >= tiles.MANY_OUTPUTS:
+            rows = max(rows, tiles.FEW)
         found = tiles.coded_tilings(
             tiles.MANY if self.bucket is None and len(terms) == 1 else rows,
             self.linear.outer,
@@ -414,7 +442,7 @@ class LinearLaunches:
             group,
             architectures,
             self.alone,
-            min(term.bits for term in terms if isinstance(term, Coded)),
+            4 if made else min(term.bits for term in terms if isinstance(term, Coded)),
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, copied // chosen.lanes))
@@ -467,7 +495,8 @@ def linear_rule(region: Region) -> Call | None:
     if linear is None:
         return None
     rules = LinearLaunches(linear, 1).stages().rules
-    buckets = (1, *BUCKETS) if "entries" in rules or "coded" in rules else BUCKETS
+    alone = any(name in rules for name in ("entries", "coded", "looked", "affine"))
+    buckets = (1, *BUCKETS) if alone else BUCKETS
     launches = [LinearLaunches(linear, bucket) for bucket in buckets]
     variants = tuple(each.variant() for each in launches)
     repack: dict[tuple[int, str], Repack] = {}

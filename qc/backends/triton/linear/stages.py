@@ -14,18 +14,25 @@ from typing import Literal
 import torch
 
 from qc.backends.triton.kernel import Scratch
+from qc.backends.triton.linear.affine import affine_term
 from qc.backends.triton.linear.coded import coded_term
 from qc.backends.triton.linear.decoded import Decoded
 from qc.backends.triton.linear.fp4 import fp4_term, widened_term
 from qc.backends.triton.linear.fp8 import fp8_term
 from qc.backends.triton.linear.int8 import int8_term
 from qc.backends.triton.linear.kept_layout import takes
+from qc.backends.triton.linear.looked import looked_term
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place, dtype_of
 from qc.ir.types import Dim, as_dim
 from qc.ir.weights.structure import Chain, Entries, Selected
 
-FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (coded_term, widened_term)
+FAST_RULES: tuple[Callable[[Place], Term | None], ...] = (
+    affine_term,
+    looked_term,
+    coded_term,
+    widened_term,
+)
 """From the most special; without any of them everything still works, slower."""
 
 TILE_OF_CHAIN = 128
