@@ -310,7 +310,7 @@ class TorchRendering:
                 dtype = torch.int32 if isinstance(value, int) else torch.float32
                 return torch.tensor(value, dtype=dtype)
             case Load(array, index):
-                loaded = self.arrays[array][tuple(self.value(i).long() for i in index)]
+                loaded = self.arrays[array][tuple(self.place(i) for i in index)]
                 return loaded.float() if loaded.is_floating_point() else loaded.int()
             case Code():
                 return self.code(expr)
@@ -326,10 +326,17 @@ class TorchRendering:
                 return self.sum(expr)
         raise TypeError(f"{expr!r} is no expression of the decode language")
 
+    def place(self, index: Expr) -> Tensor | int:
+        """Return a place on an axis; numbers as they are, which arrays without values take, too."""
+        match index:
+            case Const(int(number)):
+                return number
+        return self.value(index).long()
+
     def code(self, expr: Code) -> Tensor:
         """Read packed bits."""
         position = self.value(expr.position)
-        row = tuple(self.value(i).long() for i in expr.index)
+        row = tuple(self.place(i) for i in expr.index)
         last = self.arrays[expr.array].shape[-1] - 1
         word = torch.zeros((), dtype=torch.int32)
         for byte in range((expr.width + 14) // 8):
