@@ -157,7 +157,8 @@ LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 
 specifications per compute capability."""
 
 
-COMPILED = [*examples(), *SUMS, *map(in_bfloat16, (*examples(), *SUMS))]
+CASES = (*examples(), *SUMS, *WIDENED, *KEPT)
+COMPILED = [*CASES, *map(in_bfloat16, CASES)]
 
 
 @pytest.mark.slow
@@ -169,6 +170,17 @@ def test_every_format_compiles_for_every_architecture(case: Case, architecture: 
     for launch in launches:
         cubin = compile_launch(launch, architecture)
         assert cubin.shared_bytes <= LIMITS[architecture], launch.rule
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [100, 120])
+@pytest.mark.parametrize("case", [*FP4, *map(in_bfloat16, FP4)], ids=str)
+def test_products_of_4_bits_compile(case: Case, architecture: int) -> None:
+    call = call_of(case.node(values=False), replace(case, architecture="sm_100+sm_120").target)
+    for launch in {each for variant in call.variants for each in variant.launches}:
+        cubin = compile_launch(launch, architecture)
+        assert cubin.shared_bytes <= LIMITS[architecture], launch.rule
+        assert not cubin.spills or launch.function == "beside"  # with what is listed
 
 
 def test_rows_that_are_wrong_are_found(interpreter: Interpreter) -> None:

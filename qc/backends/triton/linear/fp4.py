@@ -134,12 +134,17 @@ def widened_term(place: Place) -> Fp4Widened | None:
 
 
 def widened_tiling(rows: int, terms: int) -> Tiling:
-    """Return the tile for up to `rows` rows of widened terms: two of them and more rows than 32
-    would not stay in registers on sm_80."""
-    return Tiling(64, max(LEAST_ROWS, min(rows, MOST_ROWS if terms == 1 else 32)), 4, 3)
+    """Return the tile for up to `rows` rows of widened terms."""
+    return Tiling(64, rows_of(rows, terms), 4, 3)
 
 
-def fp4_tiling(rows: int, inner: int) -> Tiling:
+def fp4_tiling(rows: int, inner: int, terms: int) -> Tiling:
     """Return the tile for up to `rows` rows."""
     width = next(each for each in WIDTHS if inner % each == 0)
-    return Tiling(OUTPUTS, min(MOST_ROWS, max(LEAST_ROWS, rows)), 4, 3, width, unit=width)
+    return Tiling(OUTPUTS, rows_of(rows, terms), 4, 3, width, unit=width)
+
+
+def rows_of(rows: int, terms: int) -> int:
+    """Return the rows of a tile: two terms and more than 32 would not stay in registers on sm_80
+    and sm_100."""
+    return max(LEAST_ROWS, min(rows, MOST_ROWS if terms == 1 else MOST_ROWS // 2))

@@ -415,7 +415,7 @@ class LinearLaunches:
         rows = LARGEST if self.bucket is None else self.bucket * multiple
         rows = min(LARGEST, 1 << (rows - 1).bit_length())
         if source is not None and any(isinstance(term, Fp4Coded) for term in terms):
-            return fp4_tiling(rows, source.channels)
+            return fp4_tiling(rows, source.channels, len(terms))
         if source is not None and any(isinstance(term, Fp4Widened) for term in terms):
             return widened_tiling(rows, len(terms))
         coded = bool(terms) and all(isinstance(term, Coded) for term in terms)
