@@ -102,6 +102,37 @@ def test_the_next_tile_is_asked_for_before_one_is_multiplied() -> None:
     assert len(names) * WARP * cubin.num_warps / weights <= 2.6
 
 
+@pytest.mark.parametrize("epilogue", ["gated", "all"])
+def test_a_gate_or_what_follows_takes_no_more_registers(epilogue: str) -> None:
+    """Tiles of two weights go through the same registers, and what the epilogue reads comes into
+    those that codes have left."""
+    launch = main_launch(Case("int4·g128", 14336, 4096, epilogue=epilogue), 1, 90)
+    cubin = compile_launch(launch, 90)
+    assert objections(cubin, 16 * 4096, 3.0) == ["1 stores to shared memory in the loop"]
+    assert cubin.registers * WARP * cubin.num_warps * 2 <= 65536
+
+
+@pytest.mark.parametrize("outer", [4096, 14336])
+def test_a_low_rank_and_entries_are_added_in_the_same_registers(outer: int) -> None:
+    launch = main_launch(Case(FUSED.format, outer, 4096, epilogue="all"), 1, 90)
+    cubin = compile_launch(launch, 90)
+    assert not cubin.spills
+    assert cubin.registers * WARP * cubin.num_warps * 2 <= 65536
+    names = [name for _, name, _ in INSTRUCTION.findall(inspect(cubin.binary, "-sass"))]
+    wait = names.index("ACQBULK")
+    # codes, a piece of the low rank and the entries are asked for before x is there
+    assert sum(name.startswith("LDG.E.U16") for name in names[:wait]) >= 16
+    assert sum(name.endswith(".128") for name in names[:wait]) >= 8
+
+
+def test_programs_of_one_wave_find_room_for_two_on_a_multiprocessor() -> None:
+    launch = main_launch(Case("int4·g128", 4096, 14336), 1, 90)
+    taken = compile_launch(launch, 90).shared_bytes + 1024
+    assert launch.grid[1].count({}) <= 2 * 132
+    assert 2 * taken <= 228 << 10 < 3 * taken
+    assert compile_launch(launch, 80).shared_bytes < 48 << 10
+
+
 @pytest.mark.parametrize(("architecture", "rows", "budget"), [(80, 1, 1.5), (90, 16, 2.15)])
 def test_four_bits_times_bytes_take_fewer(architecture: int, rows: int, budget: float) -> None:
     case = Case("int4·g128", 4096, 4096, activation=0)

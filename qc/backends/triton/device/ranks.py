@@ -31,8 +31,17 @@ def channels(job, RANK: tl.constexpr, JOBS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def number(numbers, program):
-    """Return the number of this launch: one more than that of the last one."""
-    return tl.load(numbers + program) + 1
+    """Return the number of this launch, and keep it: one more than that of the last one."""
+    launch = tl.load(numbers + program) + 1
+    tl.debug_barrier()  # all threads have read the last one
+    tl.store(numbers + program, launch)
+    return launch
+
+
+@triton.jit
+def kept(numbers, program):
+    """Return the number of this launch again: it takes no register meanwhile."""
+    return tl.load(numbers + program)
 
 
 @triton.jit
@@ -89,9 +98,3 @@ def multiplied(up, word):
 def meet():
     """Let all threads of a program read what it has stored."""
     tl.debug_barrier()
-
-
-@triton.jit
-def end(numbers, program, launch):
-    """Keep the number of this launch."""
-    tl.store(numbers + program, launch)

@@ -49,9 +49,6 @@ class Beside(Protocol):
     def follow(self, emission: Emission, every: str, x: str) -> str | None:
         """Write what is computed behind the first tile; return the name of sums, if there are."""
 
-    def end(self, emission: Emission) -> None:
-        """Write what follows all tiles."""
-
 
 @dataclass
 class Listed:
@@ -85,9 +82,6 @@ class Listed:
 
     def follow(self, emission: Emission, every: str, x: str) -> None:
         """All is computed."""
-
-    def end(self, emission: Emission) -> None:
-        """Nothing follows."""
 
 
 @dataclass
@@ -133,15 +127,15 @@ class LowRank:
 
     def load(self, emission: Emission, every: str) -> None:
         decode, arrays = self.down.function(emission, self.down.decode, (ROW, COL))
-        rank, channel = self.at("program")
+        rank, channel = self.at("first")
         self.held = emission.bind(f"{decode}({rank}, {channel}{arrays})")
 
     def begin(self, emission: Emission, x: str) -> None:
         self.write_all(emission)
         numbers, slots = self.numbers(emission), self.slots(emission)
-        emission.line(f"launch = ranks.number({numbers}, program)")
-        _, channel = self.at("program")
-        at = f"{slots}, program, launch, {self.held}, {x}, {channel}, {self.jobs}"
+        emission.line(f"launch = ranks.number({numbers}, first)")
+        _, channel = self.at("first")
+        at = f"{slots}, first, launch, {self.held}, {x}, {channel}, {self.jobs}"
         emission.line(f"ranks.leave({at})")
 
     def write_all(self, emission: Emission) -> None:
@@ -163,6 +157,7 @@ def {emission.prefix}all_ranks(x, slots, launch{pointers}):
         ranks = f"ranks.numbers({power_of_two(self.rank)}, {self.rank})"
         held = emission.bind(f"{up}({every}[:, None], {ranks}{passed})")
         slots = self.slots(emission)
+        emission.line(f"launch = ranks.kept({self.numbers(emission)}, begun)")
         look = f"word = ranks.look({slots}, launch, {self.sizes})"
         emission.line(look)
         emission.line(f"if ranks.missing(word, launch, {self.jobs}):")
@@ -173,9 +168,6 @@ def {emission.prefix}all_ranks(x, slots, launch{pointers}):
         emission.line(look)
         emission.depth -= 1
         return emission.bind(f"ranks.multiplied({held}, word)")
-
-    def end(self, emission: Emission) -> None:
-        emission.line(f"ranks.end({self.numbers(emission)}, program, launch)")
 
 
 def zeros(count: int, weight: Weight) -> Tensor:
