@@ -3,9 +3,9 @@
 Program n multiplies a piece of the channels for one rank, and leaves the sum in slot n, in one word
 with the number of the launch: who reads a slot sees at once whether it is of this launch, without
 fences, and nothing has to be cleared for the next one. Every program keeps that number for itself.
-Who has looked a few times in vain computes all slots itself, to the same bits: no program depends
-on another one that may not have begun, and the interpreter, which runs them one after the other,
-needs no other kernel.
+Who has looked a few times in vain computes all slots itself, in the same way: no program depends on
+another one that may not have begun, and the interpreter, which runs them one after the other, needs
+no other kernel.
 """
 
 from __future__ import annotations

@@ -14,16 +14,16 @@ from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
 
 from qc.backends.region import ArrayArgument
 from qc.backends.triton.emit import Emission
+from qc.backends.triton.glue import power_of_two
 from qc.backends.triton.kernel import Scratch
+from qc.backends.triton.linear.finished import zeros
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.ir.weights.expression import COL, ENTRY, ROW, Load, is_structural
-from qc.ir.weights.weight import Weight
 
 PIECES = (256, 512, 1024, 2048, 4096)
 """Channels of a rank that a program multiplies."""
@@ -111,7 +111,7 @@ class LowRank:
         return f"{self.rank}, {self.jobs}, {ranks}, {parts}"
 
     def slots(self, emission: Emission) -> str:
-        """Take what holds a sum a job as a parameter: zeros beside the weight, for it counts."""
+        """Take what holds a sum a job as a parameter: zeros beside the weight at first."""
         make = partial(zeros, 2 * self.jobs)
         return emission.weight(self.down.operand, "turns_of_slots", torch.int32, make)
 
@@ -168,16 +168,6 @@ def {emission.prefix}all_ranks(x, slots, launch{pointers}):
         emission.line(look)
         emission.depth -= 1
         return emission.bind(f"ranks.multiplied({held}, word)")
-
-
-def zeros(count: int, weight: Weight) -> Tensor:
-    """Return what programs count in."""
-    return torch.zeros(count, dtype=torch.int32)
-
-
-def power_of_two(number: int) -> int:
-    """Round up to a power of two."""
-    return 1 << (number - 1).bit_length()
 
 
 def piece(rank: int, channels: int, programs: int) -> int | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qc.backends.triton.emit import Emission
+from qc.backends.triton.glue import power_of_two
 from qc.backends.triton.kernel import Cells, Launch, Scratch
 from qc.backends.triton.linear import tiles
 from qc.backends.triton.linear.beside import Beside, besides
@@ -295,7 +296,7 @@ class Held:
 
 def most_tiles(cells: int, programs: int) -> int:
     """Return how many of `cells` tiles a program takes, at most, rounded up to a power of two."""
-    return 1 << (-(-cells // programs) - 1).bit_length()
+    return power_of_two(-(-cells // programs))
 
 
 def chosen(emission: Emission, weight: str | None, arrays: Sequence[str]) -> str:
