@@ -84,10 +84,14 @@ def test_all_codes_of_a_row_are_asked_for_before_it_is_there() -> None:
     assert len(names) * WARP * cubin.num_warps / weights <= 2.75  # all of it, there is no loop
 
 
-def test_the_next_tile_is_asked_for_before_one_is_multiplied() -> None:
+@pytest.mark.parametrize(("epilogue", "budget"), [("", 2.6), ("gated", 2.8), ("all", 2.8)])
+def test_the_next_tile_is_asked_for_before_one_is_multiplied(
+    epilogue: str, budget: float
+) -> None:  # fmt: skip
     """In the order of the machine code: loads of the first tile, the wait for other launches, and
-    in the loop those of the next one in front of the products."""
-    launch = main_launch(Case("int4·g128", 14336, 4096), 1, 90)
+    in the loop those of the next one in front of the products. A gate and what it gates take turns
+    in the same registers, and what an epilogue reads comes into those that codes have left."""
+    launch = main_launch(Case("int4·g128", 14336, 4096, epilogue=epilogue), 1, 90)
     cubin = compile_launch(launch, 90)
     names = [name for _, name, _ in INSTRUCTION.findall(inspect(cubin.binary, "-sass"))]
     wait, first = names.index("ACQBULK"), next(
@@ -99,17 +103,7 @@ def test_the_next_tile_is_asked_for_before_one_is_multiplied() -> None:
     assert not cubin.spills
     assert cubin.registers * WARP * cubin.num_warps * 2 <= 65536  # two programs run at once
     weights = 16 * 4096
-    assert len(names) * WARP * cubin.num_warps / weights <= 2.6
-
-
-@pytest.mark.parametrize("epilogue", ["gated", "all"])
-def test_a_gate_or_what_follows_takes_no_more_registers(epilogue: str) -> None:
-    """Tiles of two weights go through the same registers, and what the epilogue reads comes into
-    those that codes have left."""
-    launch = main_launch(Case("int4·g128", 14336, 4096, epilogue=epilogue), 1, 90)
-    cubin = compile_launch(launch, 90)
-    assert objections(cubin, 16 * 4096, 3.0) == ["1 stores to shared memory in the loop"]
-    assert cubin.registers * WARP * cubin.num_warps * 2 <= 65536
+    assert len(names) * WARP * cubin.num_warps / weights <= budget
 
 
 @pytest.mark.parametrize("outer", [4096, 14336])
