@@ -86,10 +86,14 @@ def test_all_codes_of_a_row_are_asked_for_before_it_is_there() -> None:
     assert len(names) * WARP * cubin.num_warps / weights <= 2.75  # all of it, there is no loop
 
 
-def test_the_next_tile_is_asked_for_before_one_is_multiplied() -> None:
+@pytest.mark.parametrize(("epilogue", "budget"), [("", 2.6), ("gated", 2.8), ("all", 2.8)])
+def test_the_next_tile_is_asked_for_before_one_is_multiplied(
+    epilogue: str, budget: float
+) -> None:  # fmt: skip
     """In the order of the machine code: loads of the first tile, the wait for other launches, and
-    in the loop those of the next one in front of the products."""
-    launch = main_launch(Case("int4·g128", 14336, 4096), 1, 90)
+    in the loop those of the next one in front of the products. A gate and what it gates take turns
+    in the same registers, and what an epilogue reads comes into those that codes have left."""
+    launch = main_launch(Case("int4·g128", 14336, 4096, epilogue=epilogue), 1, 90)
     cubin = compile_launch(launch, 90)
     names = [name for _, name, _ in INSTRUCTION.findall(inspect(cubin.binary, "-sass"))]
     wait, first = names.index("ACQBULK"), next(
@@ -101,7 +105,28 @@ def test_the_next_tile_is_asked_for_before_one_is_multiplied() -> None:
     assert not cubin.spills
     assert cubin.registers * WARP * cubin.num_warps * 2 <= 65536  # two programs run at once
     weights = 16 * 4096
-    assert len(names) * WARP * cubin.num_warps / weights <= 2.6
+    assert len(names) * WARP * cubin.num_warps / weights <= budget
+
+
+@pytest.mark.parametrize("outer", [4096, 14336])
+def test_a_low_rank_and_entries_are_added_in_the_same_registers(outer: int) -> None:
+    launch = main_launch(Case(FUSED.format, outer, 4096, epilogue="all"), 1, 90)
+    cubin = compile_launch(launch, 90)
+    assert not cubin.spills
+    assert cubin.registers * WARP * cubin.num_warps * 2 <= 65536
+    names = [name for _, name, _ in INSTRUCTION.findall(inspect(cubin.binary, "-sass"))]
+    wait = names.index("ACQBULK")
+    # codes, a piece of the low rank and the entries are asked for before x is there
+    assert sum(name.startswith("LDG.E.U16") for name in names[:wait]) >= 16
+    assert sum(name.endswith(".128") for name in names[:wait]) >= 8
+
+
+def test_programs_of_one_wave_find_room_for_two_on_a_multiprocessor() -> None:
+    launch = main_launch(Case("int4·g128", 4096, 14336), 1, 90)
+    taken = compile_launch(launch, 90).shared_bytes + 1024
+    assert launch.grid[1].count({}) <= 2 * 132
+    assert 2 * taken <= 228 << 10 < 3 * taken
+    assert compile_launch(launch, 80).shared_bytes < 48 << 10
 
 
 KEPT = Case("kept50%·g16(int4·row·zero)", 4096, 4096)

@@ -3,9 +3,9 @@
 Program n multiplies a piece of the channels for one rank, and leaves the sum in slot n, in one word
 with the number of the launch: who reads a slot sees at once whether it is of this launch, without
 fences, and nothing has to be cleared for the next one. Every program keeps that number for itself.
-Who has looked a few times in vain computes all slots itself, to the same bits: no program depends
-on another one that may not have begun, and the interpreter, which runs them one after the other,
-needs no other kernel.
+Who has looked a few times in vain computes all slots itself, in the same way: no program depends on
+another one that may not have begun, and the interpreter, which runs them one after the other, needs
+no other kernel.
 """
 
 from __future__ import annotations
@@ -31,8 +31,17 @@ def channels(job, RANK: tl.constexpr, JOBS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def number(numbers, program):
-    """Return the number of this launch: one more than that of the last one."""
-    return tl.load(numbers + program) + 1
+    """Return the number of this launch, and keep it: one more than that of the last one."""
+    launch = tl.load(numbers + program) + 1
+    tl.debug_barrier()  # all threads have read the last one
+    tl.store(numbers + program, launch)
+    return launch
+
+
+@triton.jit
+def kept(numbers, program):
+    """Return the number of this launch again: it takes no register meanwhile."""
+    return tl.load(numbers + program)
 
 
 @triton.jit
@@ -89,9 +98,3 @@ def multiplied(up, word):
 def meet():
     """Let all threads of a program read what it has stored."""
     tl.debug_barrier()
-
-
-@triton.jit
-def end(numbers, program, launch):
-    """Keep the number of this launch."""
-    tl.store(numbers + program, launch)

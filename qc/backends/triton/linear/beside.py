@@ -14,16 +14,16 @@ from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
 
 from qc.backends.region import ArrayArgument
 from qc.backends.triton.emit import Emission
+from qc.backends.triton.glue import power_of_two
 from qc.backends.triton.kernel import Scratch
+from qc.backends.triton.linear.finished import zeros
 from qc.backends.triton.linear.loop import Source, Term
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.stages import EntriesOf, Stages, Step
 from qc.ir.weights.expression import COL, ENTRY, ROW, Load, is_structural
-from qc.ir.weights.weight import Weight
 
 PIECES = (256, 512, 1024, 2048, 4096)
 """Channels of a rank that a program multiplies."""
@@ -48,9 +48,6 @@ class Beside(Protocol):
 
     def follow(self, emission: Emission, every: str, x: str) -> str | None:
         """Write what is computed behind the first tile; return the name of sums, if there are."""
-
-    def end(self, emission: Emission) -> None:
-        """Write what follows all tiles."""
 
 
 @dataclass
@@ -86,9 +83,6 @@ class Listed:
     def follow(self, emission: Emission, every: str, x: str) -> None:
         """All is computed."""
 
-    def end(self, emission: Emission) -> None:
-        """Nothing follows."""
-
 
 @dataclass
 class LowRank:
@@ -117,7 +111,7 @@ class LowRank:
         return f"{self.rank}, {self.jobs}, {ranks}, {parts}"
 
     def slots(self, emission: Emission) -> str:
-        """Take what holds a sum a job as a parameter: zeros beside the weight, for it counts."""
+        """Take what holds a sum a job as a parameter: zeros beside the weight at first."""
         make = partial(zeros, 2 * self.jobs)
         return emission.weight(self.down.operand, "turns_of_slots", torch.int32, make)
 
@@ -133,15 +127,15 @@ class LowRank:
 
     def load(self, emission: Emission, every: str) -> None:
         decode, arrays = self.down.function(emission, self.down.decode, (ROW, COL))
-        rank, channel = self.at("program")
+        rank, channel = self.at("first")
         self.held = emission.bind(f"{decode}({rank}, {channel}{arrays})")
 
     def begin(self, emission: Emission, x: str) -> None:
         self.write_all(emission)
         numbers, slots = self.numbers(emission), self.slots(emission)
-        emission.line(f"launch = ranks.number({numbers}, program)")
-        _, channel = self.at("program")
-        at = f"{slots}, program, launch, {self.held}, {x}, {channel}, {self.jobs}"
+        emission.line(f"launch = ranks.number({numbers}, first)")
+        _, channel = self.at("first")
+        at = f"{slots}, first, launch, {self.held}, {x}, {channel}, {self.jobs}"
         emission.line(f"ranks.leave({at})")
 
     def write_all(self, emission: Emission) -> None:
@@ -163,6 +157,7 @@ def {emission.prefix}all_ranks(x, slots, launch{pointers}):
         ranks = f"ranks.numbers({power_of_two(self.rank)}, {self.rank})"
         held = emission.bind(f"{up}({every}[:, None], {ranks}{passed})")
         slots = self.slots(emission)
+        emission.line(f"launch = ranks.kept({self.numbers(emission)}, begun)")
         look = f"word = ranks.look({slots}, launch, {self.sizes})"
         emission.line(look)
         emission.line(f"if ranks.missing(word, launch, {self.jobs}):")
@@ -173,19 +168,6 @@ def {emission.prefix}all_ranks(x, slots, launch{pointers}):
         emission.line(look)
         emission.depth -= 1
         return emission.bind(f"ranks.multiplied({held}, word)")
-
-    def end(self, emission: Emission) -> None:
-        emission.line(f"ranks.end({self.numbers(emission)}, program, launch)")
-
-
-def zeros(count: int, weight: Weight) -> Tensor:
-    """Return what programs count in."""
-    return torch.zeros(count, dtype=torch.int32)
-
-
-def power_of_two(number: int) -> int:
-    """Round up to a power of two."""
-    return 1 << (number - 1).bit_length()
 
 
 def piece(rank: int, channels: int, programs: int) -> int | None:

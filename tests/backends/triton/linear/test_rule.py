@@ -35,9 +35,12 @@ def test_the_text_of_a_fused_linear(golden: Callable[[str, str], None]) -> None:
         (Case("int4·g128 + rank32", 1024, 512), 1, ["beside", "finish"]),
         (Case("int4·g128 + sparse1%", 1024, 512), 1, ["linear"]),
         (Case("int4·g128 + sparse1%", 14336, 512), 1, ["beside", "finish"]),
+        (Case("int4·g128 + sparse1%", 14336, 4096), 1, ["linear"]),
+        (Case("int4·g128 + sparse1%", 128256, 4096), 1, ["beside", "finish"]),
         (Case("int4·g128 + sparse1%", 1024, 512), 16, ["across", "beside", "finish"]),
         (Case("int4·g128 + sparse1%", 1024, 512), 70, ["across", "entries_alone", "linear"]),
-        (FUSED, 1, ["beside", "finish"]),
+        (FUSED, 1, ["linear"]),
+        (FUSED, 2, ["beside", "finish"]),
         (Case("int4·g32 + columns20%(int8·row)", 1024, 512, epilogue="gated"), 1, ["linear"]),
     ],
     ids=str,
@@ -47,6 +50,29 @@ def test_a_sum_is_as_few_launches_as_its_terms_allow(
 ) -> None:
     launches = call_of(case.planned()).variant(rows).launches
     assert [each.function for each in launches] == functions
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "programs", "outputs"),
+    [
+        (Case("int4·g128", 14336, 4096, epilogue="gated"), 1, 264, 16),  # they take tiles in turn
+        (Case("int4·g128", 14336, 4096, epilogue="gated"), 3, 896, 16),
+        (Case("int4·g64", 14336, 4096, epilogue="gated"), 1, 224, 64),
+        (Case("int4·g128", 1536, 576, epilogue="gated"), 1, 24, 64),
+        (Case("int4·g128", 49152, 576), 1, 768, 64),
+        (Case("int4·g128", 4096, 512), 1, 256, 16),
+        (Case("int3·g128", 14336, 4096), 1, 896, 16),
+        (Case("int2·g64·min", 14336, 4096), 1, 224, 64),
+        (Case("int3·g128", 14336, 4096, epilogue="gated"), 64, 224, 64),
+    ],
+    ids=str,
+)
+def test_few_rows_work_in_the_tiles_that_were_the_fastest(
+    case: Case, rows: int, programs: int, outputs: int
+) -> None:
+    launch = call_of(case.planned()).variant(rows).launches[0]
+    assert dict(launch.constants)["BN"] == outputs
+    assert launch.grid[1].count({}) == programs
 
 
 def test_all_numbers_of_rows_read_the_same_packed_weights() -> None:
