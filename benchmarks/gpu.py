@@ -32,6 +32,7 @@ import torch
 import qc
 from benchmarks import gpu_decode, gpu_linear, gpu_peers
 from benchmarks.gpu_linear import GOOD, Bench, Problem
+from qc.passes.recipes.rounding import INT4
 from qc.runtime.cuda.driver import Driver, find_driver
 
 LLAMA = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
@@ -40,6 +41,8 @@ ROWS = (1, 4, 16, 64, 256)
 FORMATS = (
     Problem("int4·g128", 0, 0),
     Problem("int4·g64", 0, 0),
+    Problem("int4·g128·zero", 0, 0),
+    Problem(INT4, 0, 0),
     Problem("int4·g128 + rank32", 0, 0),
     Problem("int4·g128 + sparse1%", 0, 0),
     Problem("int4·g128 + rank32 + sparse1%", 0, 0, epilogue=True),
@@ -157,7 +160,7 @@ def time_decode(report: Report, options: argparse.Namespace) -> None:
             for name, seconds in gpu_decode.torch_rows(shape, batch, options.compile):
                 report.add("decode", decode_row(shape.name, batch, name, seconds))
             torch.cuda.empty_cache()
-        for recipe, weights in (("w4a16", "int4·g128"), ("w4", "int4·g128")):
+        for recipe, weights in (("w4a16", "int4·g128"), ("w4", "int4·g128"), ("w4", None)):
             start = time.perf_counter()
             artifact = gpu_decode.random_artifact(
                 shape, recipe, weights, architecture, options.workers
@@ -165,7 +168,7 @@ def time_decode(report: Report, options: argparse.Namespace) -> None:
             ready = time.perf_counter() - start
             for batch in (1, 16):
                 seconds = gpu_decode.time_decode(artifact, batch)
-                row = decode_row(shape.name, batch, f"qc {recipe} {weights}", seconds)
+                row = decode_row(shape.name, batch, f"qc {recipe} {weights or 'as it is'}", seconds)
                 report.add("decode", row | {"ready_after": ready} | used_memory())
             del artifact
 

@@ -53,7 +53,7 @@ def cache_key(function: Any, launch: Launch, architecture: int | str) -> str:
     types = [(each.name, each.type) for each in launch.parameters]
     options = [
         launch.num_warps, launch.num_stages, architecture, triton.__version__,
-        launch.most_registers,
+        launch.most_registers, launch.most_programs,
     ]  # fmt: skip
     constants = constants_for(launch, architecture)
     text = json.dumps([function.cache_key, types, constants, options])
@@ -111,10 +111,25 @@ def build(function: Any, launch: Launch, architecture: int) -> Cubin:
     kernel = compiled(function, launch, GPUTarget("cuda", architecture, WARP))
     data = checked(launch, kernel.metadata)
     registers, spills = resources(kernel.asm["cubin"])
+    shared = max(data.shared, reserved(launch.most_programs, architecture))
     return Cubin(
-        data.name, architecture, kernel.asm["cubin"], kernel.asm["ptx"], data.shared,
+        data.name, architecture, kernel.asm["cubin"], kernel.asm["ptx"], shared,
         data.num_warps, tuple(each.type for each in launch.parameters), registers, spills,
     )  # fmt: skip
+
+
+SHARED = {90: 228 << 10}
+"""Bytes of shared memory of a multiprocessor, where programs are kept from crowding by them."""
+OF_BLOCK = 1 << 10
+"""Bytes that each block takes beside what it asks for. CUDA C++ Programming Guide 13, compute
+capability 9.0."""
+
+
+def reserved(programs: int | None, architecture: int) -> int:
+    """Return the bytes of shared memory with which no more than so many programs find room."""
+    if programs is None or architecture not in SHARED:
+        return 0
+    return SHARED[architecture] // (programs + 1) - OF_BLOCK + 16
 
 
 def checked(launch: Launch, metadata: Any) -> Any:

@@ -173,14 +173,14 @@ class Emission:
 
     def launch(
         self, rule: str, grid: Grid, num_warps: int, num_stages: int,
-        most_registers: int | None = None,
+        most_registers: int | None = None, most_programs: int | None = None,
     ) -> Launch:  # fmt: skip
         """Return the launch of what was written."""
         late = [name for name in self.parameters if self.early and name not in self.early]
         return Launch(
             rule, self.name, self.source(), (*self.parameters.values(), late_parameter()),
             (*self.constants.items(), (OVERLAP, False)), grid, num_warps, num_stages, tuple(late),
-            most_registers,
+            most_registers, most_programs,
         )  # fmt: skip
 
 

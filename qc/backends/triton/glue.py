@@ -155,5 +155,6 @@ def launch_name(launch: Launch) -> str:
     content = (
         launch.function, launch.source, types, launch.constants, launch.num_warps,
         launch.num_stages, launch.most_registers,
+        *([] if launch.most_programs is None else [launch.most_programs]),
     )  # fmt: skip
     return f"{launch.rule}_{sha256(repr(content).encode()).hexdigest()[:10]}"

@@ -124,8 +124,8 @@ class Results:
         return self.handles[number]
 
 
-KINDS = {tl.bfloat16: np.uint16, tl.int16: np.int16}
-"""How the interpreter keeps numbers of 16 bits, but float16."""
+KINDS = {tl.bfloat16: np.uint16, tl.int16: np.int16, tl.int32: np.int32}
+"""How the interpreter keeps what registers hold, but float16."""
 
 
 def create_inline_asm(
@@ -144,7 +144,7 @@ def create_inline_asm(
     handles = []
     for words, type in zip(found, types, strict=True):
         element = getattr(type, "scalar", type)
-        if pack == 1:  # registers of 16 bits
+        if pack == 1 and element != tl.int32:  # registers of 16 bits
             words = words.astype(np.uint16)
         kind = np.int8 if pack == 4 else KINDS.get(element, np.float16)  # what fills a register
         data = np.ascontiguousarray(words).view(kind).reshape(shape)

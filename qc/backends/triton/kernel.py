@@ -87,6 +87,9 @@ class Launch:
     """Parameters whose memory is touched only behind the join: see device/launches.py."""
     most_registers: int | None = None
     """Of a thread: what lets so many programs share a multiprocessor as there are."""
+    most_programs: int | None = None
+    """Of a multiprocessor: where all programs find room at once, those that come while the launch
+    in front ends would crowd where it ended first."""
 
     @property
     def multiplies_small_floats(self) -> bool:

@@ -34,6 +34,9 @@ STREAMED = (
     Case("int4·g128", 80, 4096, 1, multiprocessors=1),
     Case("int4·g128", 80, 1024, 1, None, "gated", multiprocessors=1),
     Case("int4·g128·scale(uint8·row)", 64, 2048, 1, None, "gated", multiprocessors=1),
+    Case("int4·g128 + rank8 + sparse1%", 320, 1024, 1, None, "all", multiprocessors=4),
+    Case("int4·g128 + rank12·factors(int8·row)", 256, 2048, 1, multiprocessors=8),
+    Case("int4·g128 + sparse8%", 64, 1024, 1, None, "residual", multiprocessors=2),
 )
 """More tiles of outputs than programs run at once: those take one after another."""
 

@@ -109,3 +109,71 @@ def turn(number, first, programs, CELLS: tl.constexpr, WEIGHTS: tl.constexpr):
     all weights in turn for the same outputs."""
     cell = tl.minimum(first + number // WEIGHTS * programs, CELLS - 1)
     return cell, number % WEIGHTS
+
+
+@triton.jit
+def listed(start, stop, columns, values, TOGETHER: tl.constexpr):
+    """Load the first TOGETHER entries of each output: their channels and values."""
+    entry = start[:, None] + tl.arange(0, TOGETHER)[None, :]
+    inside = entry < stop[:, None]
+    column = tl.load(columns + entry, mask=inside, other=0)
+    return column, tl.load(values + entry, mask=inside, other=0.0)
+
+
+@triton.jit
+def gathered(x, start, stop, columns, values, column, value, TOGETHER: tl.constexpr):
+    """Return the sums of value x[column] over the entries of each output, f32[OUT]; the first ones
+    are loaded."""
+    total = value.to(tl.float32) * tl.load(x + column.to(tl.int32)).to(tl.float32)
+    for more in range(TOGETHER, tl.max(stop - start, 0), TOGETHER):
+        column, value = listed(start + more, stop, columns, values, TOGETHER)
+        total += value.to(tl.float32) * tl.load(x + column.to(tl.int32)).to(tl.float32)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def outputs(cell, SIZE: tl.constexpr):
+    """Return the outputs of a tile, i32[SIZE]."""
+    return cell * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
+def every(first, programs, SIZE: tl.constexpr, TILES: tl.constexpr, COUNT: tl.constexpr):
+    """Return the outputs of up to TILES tiles of a program, i32[SIZE TILES]; beyond COUNT the last
+    one again."""
+    at = tl.arange(0, SIZE * TILES)
+    out = (first + at // SIZE * programs) * SIZE + at % SIZE
+    return tl.minimum(out, COUNT - 1)
+
+
+@triton.jit
+def set_every(at, sums, first, programs, SIZE: tl.constexpr, TILES: tl.constexpr,
+              COUNT: tl.constexpr):  # fmt: skip
+    """Leave sums of the outputs of all tiles of a program."""
+    each = tl.arange(0, SIZE * TILES)
+    out = (first + each // SIZE * programs) * SIZE + each % SIZE
+    tl.store(at + out, sums, mask=out < COUNT)
+
+
+@triton.jit
+def more_every(at, sums, first, programs, SIZE: tl.constexpr, TILES: tl.constexpr,
+               COUNT: tl.constexpr):  # fmt: skip
+    """Add to the sums of the outputs of all tiles of a program."""
+    tl.debug_barrier()  # what it has left can be read by all of its threads
+    each = tl.arange(0, SIZE * TILES)
+    out = (first + each // SIZE * programs) * SIZE + each % SIZE
+    before = tl.load(at + out, mask=out < COUNT, other=0.0)
+    tl.store(at + out, before + sums, mask=out < COUNT)
+
+
+@triton.jit
+def kept_here(number):
+    """Return a number as one that is not known to be what it is: what is computed from it stays
+    where it stands, and takes no registers in a loop around it."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], tl.int32, False, 1)
+
+
+@triton.jit
+def meet():
+    """Let all threads of a program read what it has stored."""
+    tl.debug_barrier()

@@ -32,8 +32,9 @@ from qc.ir.weights.affine import depends_on
 from qc.ir.weights.expression import ROW, AsFloat, AsHalf, Const, Expr, TorchRendering, walk
 from qc.ir.weights.weight import Weight
 
-LARGEST_GROUP, LARGEST_WITH_OFFSET = 32, 64
-"""Channels of a group up to which weights are made, without and with offsets."""
+LARGEST_GROUP, LARGEST_OF_TABLES, LARGEST_WITH_OFFSET = 32, 64, 128
+"""Channels of a group up to which weights are made: of integers, of what is looked up, and where
+there are offsets. Measured: decision 029."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def affine_term(place: Place) -> Affine | None:
     offsets = len(found.parts) - len(streams)
     if len(streams) != 1 or streams[0].half is not None or streams[0].bits > 4 or offsets > 1:
         return None
-    if found.group > (LARGEST_WITH_OFFSET if offsets else LARGEST_GROUP):
+    largest = LARGEST_OF_TABLES if streams[0].table else LARGEST_GROUP
+    if found.group > (LARGEST_WITH_OFFSET if offsets else largest):
         return None
     if not all(in_halves(part.factor) for part in found.parts):
         return None

@@ -13,6 +13,7 @@ from qc.backends.triton.emit import WHERE, Emission, combined
 from qc.backends.triton.kernel import Call, Cells, Grid, Launch, Scratch, Variant
 from qc.backends.triton.linear import stages as planned
 from qc.backends.triton.linear import tiles
+from qc.backends.triton.linear.affine import Affine
 from qc.backends.triton.linear.coded import Coded
 from qc.backends.triton.linear.entries import EntryLoop, emit_entries, outputs_of
 from qc.backends.triton.linear.epilogue import Epilogue
@@ -46,6 +47,7 @@ DEVICE = (
     "lanes",
     "portable",
     "products",
+    "ranks",
     "streams",
     "tables",
     "turns",
@@ -285,7 +287,8 @@ class LinearLaunches:
         if parts > 1 and not beside:
             launches.append(self.launched(self.loop(stages, loops)))
         if parts > 1 or beside:
-            tiling = replace(tiling, outputs=32, stages=1)  # it waits rather than works
+            # it waits rather than works
+            tiling = replace(tiling, outputs=32, stages=1, most_programs=None)
             emission = self.emission("finish", tiling, outer, 1)
             loops = loops[1:]
             begin = [self.summed(emission, acc, parts) for acc in self.accs]
@@ -389,7 +392,9 @@ class LinearLaunches:
         self.repack |= emission.repack
         for axis, name in reversed(list(enumerate(WHERE))):
             emission.lines.insert(0, f"    {name} = launches.number({axis})")
-        return emission.launch(rule, grid, tiling.warps, tiling.stages, tiling.most_registers)
+        return emission.launch(
+            rule, grid, tiling.warps, tiling.stages, tiling.most_registers, tiling.most_programs
+        )
 
     def together(self, planned: Sequence[Planned]) -> list[Launch]:
         """Close functions that share a launch."""
@@ -426,6 +431,9 @@ class LinearLaunches:
         bits = sum(term.bits for term in terms if isinstance(term, Coded))
         group = min(term.group for term in terms if isinstance(term, Coded))
         architectures = gpu.architectures if gpu else ()
+        made = all(isinstance(term, Affine) for term in terms)
+        if made and self.linear.outer >= tiles.MANY_OUTPUTS:
+            rows = max(rows, tiles.FEW)
         found = tiles.coded_tilings(
             tiles.MANY if self.bucket is None and len(terms) == 1 else rows,
             self.linear.outer,
@@ -434,7 +442,7 @@ class LinearLaunches:
             group,
             architectures,
             self.alone,
-            min(term.bits for term in terms if isinstance(term, Coded)),
+            4 if made else min(term.bits for term in terms if isinstance(term, Coded)),
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, copied // chosen.lanes))

@@ -22,6 +22,8 @@ class Tiling:
     """Codes are loaded into registers a step ahead, not through shared memory."""
     most_registers: int | None = None
     """Registers of a thread: so few that programs of several outputs run side by side."""
+    most_programs: int | None = None
+    """Programs of a multiprocessor: so few that those of one wave are spread over all."""
     parts: int | None = None
     """Among how many programs the channels are split, where that is no question of the shape."""
     unit: int | None = None
@@ -32,8 +34,14 @@ MANY_OUTPUTS = 8192
 """Outputs from which on tiles of 64 are as many programs as multiprocessors."""
 SHORT = 1024
 """Channels below which tiles without lanes do where there are as many outputs."""
+FEW = 4
+"""Rows of the tile for few rows."""
 LARGEST, MANY = 64, 128
 """Rows of a tile where nothing else was measured, and where there is any number of them."""
+WAVE, EACH = 264, 2
+"""Programs of the tile for few rows that are one wave on an H200, and those of a multiprocessor.
+With room for three, programs that begin while the launch in front ends crowd where it ended first:
+a step of Llama-3.1-8B's shape took 1.90 ms instead of 1.77."""
 AT_ONCE = 3
 """Programs of the tile for one row that a multiprocessor runs at once."""
 MEASURED, NARROW = "sm_90", "sm_100"
@@ -50,16 +58,18 @@ def coded_tilings(
     beside it, so that each may take many registers; `narrowest`: the fewest bits of a code.
     Measured by benchmarks/gpu_tiles.py."""
     if narrowest < 4 and rows > 32:
-        yield from without_spills(bits > narrowest, group, set(architectures) == {MEASURED})
+        measured = set(architectures) == {MEASURED}
+        yield from without_spills(outer, narrowest, bits > narrowest, group, measured)
     if MEASURED in architectures and NARROW not in architectures:
-        if rows <= 4 and 3 <= bits <= 4:
-            if bits == 4 or rows == 1:
+        if rows <= 4 and (3 <= bits <= 4 or (bits < 3 and group >= MANY)):
+            if bits == 4 or (rows == 1 and outer <= inner):
                 yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
             yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
             if bits == 4 and alone and inner < SHORT <= outer:
                 yield Tiling(64, rows, 4, 3, 256)
         if rows <= 4 and bits == 8 and narrowest == 4 and alone:
-            yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
+            if group >= MANY or (rows > 1 and group >= 64):
+                yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
             if inner < SHORT:
                 yield Tiling(64, 16, 4, 3, 256, registers=True)
         if rows > LARGEST and bits == 4:
@@ -84,22 +94,27 @@ def coded_tilings(
     yield Tiling(64, min(rows, LARGEST), 4, 3, 256 if rows <= 16 else 128)
 
 
-def without_spills(several: bool, group: int, measured: bool) -> Iterator[Tiling]:
-    """Yield tiles for many rows and few bits where 64 outputs x 64 rows do not stay in registers:
-    `several` weights in one loop, or many factors. They are slower where those do."""
-    if several or (group < 64 and not measured):
+def without_spills(
+    outer: int, bits: int, several: bool, group: int, measured: bool
+) -> Iterator[Tiling]:  # fmt: skip
+    """Yield tiles for many rows and few `bits` where 64 outputs x 64 rows do not stay in registers:
+    `several` weights in one loop, or many factors. They are slower where those do; and where only
+    some 50 bytes of a thread do not, they are slower, too."""
+    if several and measured:
+        yield Tiling(64, 32, 4, 3, 128) if group < 64 else Tiling(64, LARGEST, 4, 2, 128)
+    elif several or (group < 64 and not measured):
         yield Tiling(32, LARGEST, 8, 3, 128)
-    elif group < 64:
+    elif group < 64 and (bits > 2 or outer < MANY_OUTPUTS):
         yield Tiling(64, 32, 4, 3, 128)
 
 
 def streamed(
-    outer: int, inner: int, group: int, weights: int, multiprocessors: int,
+    outer: int, inner: int, group: int, weights: int, alone: bool, multiprocessors: int,
     architectures: Collection[str],
 ) -> Tiling | None:  # fmt: skip
     """Return the tile of programs that take tiles of outputs of `weights` one after another, for
-    one row and codes of 4 bits; None where all tiles run at once, or where x or the factors of many
-    groups do not stay in registers. Measured, for groups of 64 too: 13.0 us instead of 12.7."""
+    one row and codes of 4 bits; None where all tiles run at once and are `alone`, or where x or the
+    factors of many groups do not stay in registers: groups of 64 took 13.0 us instead of 12.7."""
     if MEASURED not in architectures or NARROW in architectures:
         return None
     found = Tiling(16, 1, 8, 1, lanes=8, most_registers=128)
@@ -107,17 +122,18 @@ def streamed(
     if outer % found.outputs or not fits:
         return None
     many = outer // found.outputs * weights > AT_ONCE * multiprocessors
-    return found if many else None
+    return found if many or not alone else None
 
 
 def few_rows(rows: int, outer: int, inner: int, at_once: bool) -> Iterator[Tiling]:
     """Yield tiles of several lanes; `at_once`: registers hold the codes of many channels."""
+    most = EACH if outer <= 16 * WAVE else None
     if rows == 1:
         if at_once and inner <= 8 * 512:
-            yield Tiling(16, 1, 8, 3, 512, 8, True, parts=1)
-        yield Tiling(16, 2, 8, 3, 256, 8, True, parts=1)
+            yield Tiling(16, 1, 8, 3, 512, 8, True, parts=1, most_programs=most)
+        yield Tiling(16, 2, 8, 3, 256, 8, True, parts=1, most_programs=most)
         return
     if at_once and outer < MANY_OUTPUTS and inner <= 4 * 1024:
         yield Tiling(32, 4, 8, 3, 1024, 4, True, parts=1)
     if inner > outer:
-        yield Tiling(16, 4, 8, 3, 256, 8, True, parts=1)
+        yield Tiling(16, 4, 8, 3, 256, 8, True, parts=1, most_programs=most)
