@@ -28,6 +28,9 @@ ROWS = symbol("rows")
 GPU = parse_machine("cuda:sm_90")
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
+COUNTED = ("turns", "turns_of_gates")
+"""Arrays that programs count in, and leave as they found them: zeros."""
+
 Run = Callable[[Call, Sequence[Any], tuple[int, int]], Tensor]
 """(call, operands, shape of the result) -> the result, on the CPU."""
 
@@ -159,7 +162,11 @@ class Case:
 def interpreted(call: Call, values: Sequence[Any], shape: tuple[int, int]) -> Tensor:
     """Run a call in Triton's interpreter."""
     result = torch.full(shape, float("nan"), dtype=result_dtype(call))
-    Prepared(call, values, {"rows": shape[0]}, result).run()
+    prepared = Prepared(call, values, {"rows": shape[0]}, result)
+    prepared.run()
+    for argument, array in prepared.arrays.items():
+        if getattr(argument, "array", None) in COUNTED:
+            assert not array.any(), f"{argument} is not left as zeros"
     return result
 
 

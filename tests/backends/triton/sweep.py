@@ -27,6 +27,15 @@ SUMS = (
 )
 """Sums of terms, with what the planner fuses behind them."""
 
+AT_GATES = (
+    Case("int4·g128 + rank20 + sparse5%", 200, 1024, 11, None, "all"),
+    Case("int4·g128 + rank32", 72, 2048, 16, None, "residual"),
+    Case("int4·row + rank8 + sparse1%", 50, 192, 7, None, "bias"),
+    Case("int4·g128 + rank32 + sparse1%", 4096, 256, 5),
+)
+"""Sums for up to 16 rows: one launch, with ranks by parts and not, several threads for the entries
+of an output and one, rows of a tile that there are not."""
+
 STREAMED = (
     Case("int4·g128", 80, 1024, 1, None, "all", multiprocessors=1),
     Case("int4·g128·zero", 64, 1024, 1, None, "residual", multiprocessors=1),
@@ -142,5 +151,6 @@ def examples() -> list[Case]:
 def all_cases() -> list[Case]:
     """Return everything that is tried."""
     return [
-        *examples(), *SUMS, *STREAMED, *LOOKED, *AFFINE, *FP8, *FP4, *WIDENED, *KEPT, *BUCKETS,
+        *examples(), *SUMS, *AT_GATES, *STREAMED, *LOOKED, *AFFINE, *FP8, *FP4, *WIDENED, *KEPT,
+        *BUCKETS,
     ]  # fmt: skip

@@ -17,6 +17,7 @@ from tests.backends.triton.cases import Case, call_of, result_dtype
 from tests.backends.triton.linear_worker import Interpreter
 from tests.backends.triton.sweep import (
     AFFINE,
+    AT_GATES,
     BUCKETS,
     FP4,
     FP8,
@@ -39,6 +40,7 @@ QUICK = (
     *SUMS[:4],
     SUMS[-1],
     STREAMED[0],
+    *AT_GATES[:2],
     *LOOKED,
     *AFFINE,
     *FP8[::2],

@@ -43,37 +43,35 @@ def outliers(acc, x, places, start, stop, columns, values, column, value, APART:
 
 
 @triton.jit
-def across(acc, x, start, stop, columns, values, part, PARTS: tl.constexpr, SHARES: tl.constexpr,
-           TOGETHER: tl.constexpr):  # fmt: skip
+def across(acc, x, start, stop, columns, values, SHARES: tl.constexpr, TOGETHER: tl.constexpr):
     """Add value x[column] of single entries to the rows of one tile, which lie side by side in x,
-    i.e. x[channels, rows]. PARTS programs share the entries of an output; here SHARES threads do,
-    side by side, so that each loads 16 bytes of x for an entry."""
+    i.e. x[channels, rows]. SHARES sets of threads share the entries of an output, so that each
+    thread loads 16 bytes of x for an entry; TOGETHER entries are loaded at once."""
     OUT: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[1]
-    EVERY: tl.constexpr = PARTS * SHARES
-    share = (part + PARTS * tl.arange(0, SHARES))[None, :]
+    share = tl.arange(0, SHARES)[None, :]
     first = tl.reshape(start[:, None] + share, [OUT * SHARES])
     left = tl.reshape((stop - start)[:, None] - share, [OUT * SHARES])
     column_at, value_at = columns + first, values + first
     row = tl.arange(0, ROWS)[None, :]
     total = tl.zeros([OUT * SHARES, ROWS], tl.float32)
-    for _ in range(0, tl.max(left, 0), EVERY * TOGETHER):
+    for _ in range(0, tl.max(left, 0), SHARES * TOGETHER):
         column = ()
         value = ()
         for n in tl.static_range(TOGETHER):  # Triton knows no [*found, ...]
-            inside = left > n * EVERY
-            found = (tl.load(column_at + n * EVERY, mask=inside, other=0),)
+            there = left > n * SHARES
+            found = (tl.load(column_at + n * SHARES, mask=there, other=0),)
             column = column + found  # type: ignore[assignment]
-            found = (tl.load(value_at + n * EVERY, mask=inside, other=0.0),)
+            found = (tl.load(value_at + n * SHARES, mask=there, other=0.0),)
             value = value + found  # type: ignore[assignment]
         for n in tl.static_range(TOGETHER):
             at = (column[n].to(tl.int32) * ROWS)[:, None] + row
-            inside = (left > n * EVERY)[:, None]
+            inside = (left > n * SHARES)[:, None]
             rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
             total += value[n].to(tl.float32)[:, None] * rows
-        column_at += EVERY * TOGETHER
-        value_at += EVERY * TOGETHER
-        left -= EVERY * TOGETHER
+        column_at += SHARES * TOGETHER
+        value_at += SHARES * TOGETHER
+        left -= SHARES * TOGETHER
     if SHARES > 1:
         total = tl.sum(tl.reshape(total, [OUT, SHARES, ROWS]), 1)
     return acc + total

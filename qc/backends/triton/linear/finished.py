@@ -8,7 +8,6 @@ are all of one wave: each then waits for memory once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -108,37 +107,32 @@ class FinishedAlone:
         if self.parts == 1:
             owner.emit_end(emission, ())
         else:
-            emit_finish(owner, emission, tiling, self.parts, lambda finish: owner.emit_end(finish, ()))
+            self.emit_finish(emission)
         return Planned(emission, f"linear_{self.stages.rules}", tiling, outer, self.parts)
+
+    def emit_finish(self, emission: Emission) -> None:
+        """Write what leaves sums to the last program of a tile, which finishes it."""
+        owner, outer = self.owner, self.owner.linear.outer
+        for acc in owner.accs:
+            at = emission.array(f"{acc}_parts", owner.partial(acc, self.parts), torch.float32)
+            where = f"out, rows, live, cell, part, ROWS, {outer}, BN"
+            emission.line(f"products.partial({at}, {acc}, {where})")
+        operand = owner.linear.operand(owner.linear.linears[0].inputs[1])
+        count = -(-outer // SMALLEST_TILE)
+        turns = emission.weight(operand, "turns", torch.int32, partial(zeros, count))
+        finish = owner.emission("finish", replace(self.tiling, lanes=1), outer, 1)
+        finish.begun, finish.early = True, frozenset()
+        for acc in owner.accs:
+            finish.line(owner.summed(finish, acc, self.parts))
+        owner.emit_end(finish, ())
+        emission.line(f"if turns.last({turns}, cell, {self.parts}):")
+        emission.depth += 1
+        emission.call(finish, "finish", "tile, cell, part")
+        emission.depth -= 1
 
     def acc_of(self, step: Step) -> str:
         """Return the accumulator that the result of a step is added to."""
         return next(acc for acc, target in self.stages.added if target == step.target)
-
-
-def emit_finish(
-    owner: LinearLaunches, emission: Emission, tiling: Tiling, parts: int,
-    end: Callable[[Emission], None],
-) -> None:  # fmt: skip
-    """Write what leaves sums to the last program of a tile, which finishes it: `end` writes that,
-    with the sums of all parts in the accumulators."""
-    outer = owner.linear.outer
-    for acc in owner.accs:
-        at = emission.array(f"{acc}_parts", owner.partial(acc, parts), torch.float32)
-        where = f"out, rows, live, cell, part, ROWS, {outer}, BN"
-        emission.line(f"products.partial({at}, {acc}, {where})")
-    operand = owner.linear.operand(owner.linear.linears[0].inputs[1])
-    count = -(-outer // SMALLEST_TILE)
-    turns = emission.weight(operand, "turns", torch.int32, partial(zeros, count))
-    finish = owner.emission("finish", replace(tiling, lanes=1), outer, 1)
-    finish.begun, finish.early = True, frozenset()
-    for acc in owner.accs:
-        finish.line(owner.summed(finish, acc, parts))
-    end(finish)
-    emission.line(f"if turns.last({turns}, cell, {parts}):")
-    emission.depth += 1
-    emission.call(finish, "finish", "tile, cell, part")
-    emission.depth -= 1
 
 
 def zeros(count: int, weight: Weight) -> Tensor:

@@ -41,6 +41,7 @@ def test_the_text_of_a_fused_linear(golden: Callable[[str, str], None]) -> None:
         (Case("int4·g128 + sparse1%", 1024, 512), 70, ["across", "entries_alone", "linear"]),
         (FUSED, 1, ["linear"]),
         (FUSED, 2, ["beside", "finish"]),
+        (FUSED, 16, ["together"]),
         (Case("int4·g32 + columns20%(int8·row)", 1024, 512, epilogue="gated"), 1, ["linear"]),
     ],
     ids=str,
