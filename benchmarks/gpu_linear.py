@@ -134,7 +134,8 @@ def random_term(format: TermFormat, shape: tuple[int, int], device: str) -> Term
     try:
         return format.term(shape, arrays)
     except ValueError:  # bits that are no number: those with the most significant ones cleared are
-        return format.term(shape, arrays | {"codes": arrays["codes"] & 0x77})
+        codes = {name: each & 0x77 for name, each in arrays.items() if name.endswith("codes")}
+        return format.term(shape, arrays | codes)
 
 
 def random_entries(
