@@ -52,9 +52,9 @@ def within(number, FIRST: tl.constexpr, CELLS: tl.constexpr):
 @triton.jit
 def ask(array, first, stop, LINES: tl.constexpr):
     """Ask for elements `first` to `stop` of an array, LINES of 128 bytes at most: loads will find
-    them in the cache of the GPU."""
+    them in the cache of the GPU. Where there are none, for any other."""
     EACH: tl.constexpr = 1024 // array.dtype.element_ty.primitive_bitwidth
-    at = tl.minimum(first + tl.arange(0, LINES) * EACH, stop)
+    at = tl.maximum(tl.minimum(first + tl.arange(0, LINES) * EACH, stop - 1), 0)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [array + at], tl.int32, False, 1
     )

@@ -32,8 +32,8 @@ from qc.backends.triton.linear.tiles import Tiling
 if TYPE_CHECKING:
     from qc.backends.triton.linear.rule import LinearLaunches
 
-ROWS, BITS, WARPS = 16, 4, 4
-"""The bucket, the codes and the tiles that this was measured for: docs/decisions/028. Entries
+MOST_ROWS, BITS, WARPS = 16, 4, 4
+"""The bucket, the codes and the tiles that this was measured for: docs/decisions/030. Entries
 without a low rank take less time in programs of their own."""
 WIDTH = 256
 """Channels of x that a program copies: few programs, for each takes the place of one that loops."""
@@ -57,7 +57,7 @@ class BehindGates:
     def of(owner: LinearLaunches, stages: Stages) -> BehindGates | None:
         """Plan it; None where it does not fit, or was not measured."""
         gpu, loops = owner.linear.region.target.gpu, list(stages.loops.items())
-        if owner.bucket != ROWS or gpu is None or set(gpu.architectures) != {tiles.MEASURED}:
+        if owner.bucket != MOST_ROWS or gpu is None or set(gpu.architectures) != {tiles.MEASURED}:
             return None
         if len(owner.linear.linears) != 1 or len(loops) < 2:
             return None
