@@ -9,7 +9,8 @@ from qc.backends.linear_region import match_linear
 from qc.backends.lowering import region_key, single_nodes
 from qc.backends.region import region_of
 from qc.backends.triton.kernel import Call
-from qc.backends.triton.linear.coded import coded_term, planes_of
+from qc.backends.triton.linear.affine import affine_term
+from qc.backends.triton.linear.coded import matched, planes_of
 from qc.backends.triton.linear.place import Place
 from qc.checking.gpu_times import BUCKETS, KINDS, GpuWork
 from qc.checking.linears import PlannedLinear, parameter_of
@@ -83,21 +84,23 @@ def rules_of(call: Call | None) -> tuple[str, ...]:
 
 
 def gpu_work(format: WeightFormat, shape: tuple[int, ...], call: Call | None) -> GpuWork | None:
-    """Return what a product has to do; None where no kernel like its own was measured."""
+    """Return what a product has to do; None where no kernel like its own was measured, or where
+    values are looked up in stored tables."""
     if call is None or not set(KINDS) & set(kinds_of(call)):
         return None
     outer, inner = shape
     structures = [term.structure((outer, inner)) for term in format.terms]
     listed = [t for t, s in zip(format.terms, structures, strict=True) if isinstance(s, Entries)]
     entries = sum(prod(term.arrays((outer, inner))["columns"].shape) for term in listed)
-    planes = sum(
-        len(planes_of(part.stream.bits))
-        for place, term in enumerate(format.terms)
-        if structures[place] is None
-        and (coded := coded_term(Place(0, str(place), term, (outer, inner)))) is not None
-        for part in coded.parts
-        if part.stream is not None
-    )
+    planes = 0
+    for number, term in enumerate(format.terms):
+        place = Place(0, str(number), term, (outer, inner))
+        found = matched(place) if structures[number] is None else None
+        streams = [part.stream for part in found.parts if part.stream] if found else []
+        if any(stream.table for stream in streams):
+            return None
+        made = 2 if affine_term(place) else 1  # unpacked, then scaled
+        planes += made * sum(len(planes_of(stream.bits)) for stream in streams)
     launches = tuple(len(call.variant(rows).launches) for rows in (*BUCKETS, 1 << 30))
     return GpuWork(format.bits(shape) // 8, outer * inner, inner, entries, max(1, planes), launches)
 

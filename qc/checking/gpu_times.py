@@ -16,7 +16,7 @@ from qc.ir.target import GPUS, Target
 MEASURED_ON = GPUS["sm_90"]
 """What others are compared with: their memory and their tensor cores are faster or slower."""
 
-KINDS = ("coded", "int8")
+KINDS = ("coded", "int8", "looked", "affine")
 """Rules of main loops that were measured; of others nothing is promised."""
 
 

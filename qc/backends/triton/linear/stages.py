@@ -144,7 +144,7 @@ class Stages:
             source = replace(source, kind="codes")
         elif source.kind == "quantized":
             source = self.plain(source)
-        self.loops.setdefault(source, []).append((acc, term or multiplied(place)))
+        self.loops.setdefault(source, []).append((acc, term or multiplied(place, self.dtype)))
 
     def add_entries(self, acc: str, place: Place, entries: Entries, source: Source) -> None:
         """Entries are multiplied beside the loop, by programs that wait for memory while others
@@ -204,7 +204,7 @@ class Stages:
         if parts > 1:
             shape, dtype = (as_dim(self.rows * parts), channels), torch.float32
         target = Scratch(f"step{len(self.steps)}", dtype, shape)
-        term = multiplied(place)
+        term = multiplied(place, self.dtype)
         if isinstance(term, Decoded) and parts > 1:
             term = replace(term, size=width)
         self.steps.append(Step(source, term, place.outer, target, parts, width=width))
@@ -237,7 +237,9 @@ def viewed(source: Source, before: int, after: int, stages: Stages) -> Source:
     return Source(plain.values, plain.channels // (before * after), "rows", before, after)
 
 
-def multiplied(place: Place) -> Term:
-    """Choose how a term is multiplied: by the first rule that takes it, or element by element."""
-    found = (rule(place) for rule in FAST_RULES)
+def multiplied(place: Place, dtype: torch.dtype) -> Term:
+    """Choose how a term is multiplied: by the first rule that takes it, or element by element.
+    Scales are not rounded to bfloat16: its 8 bits, the same for a group, would cost 1 %."""
+    rules = (each for each in FAST_RULES if each != affine_term or dtype == torch.float16)
+    found = (rule(place) for rule in rules)
     return next((term for term in found if term is not None), Decoded(place))
