@@ -151,7 +151,10 @@ def quantize_linears(
     keep: Callable[[str, nn.Linear], bool] = lambda name, module: name.endswith("lm_head"),
 ) -> nn.Module:
     """Return a copy of a model in which every linear that `keep` does not name is stored in a
-    format, rounded to nearest. FormatError names the first that cannot be."""
+    format, rounded to nearest. FormatError names the first that cannot be.
+
+    On a GPU a linear runs on one stream at a time: its programs count in memory beside its weights.
+    """
     found = copy.deepcopy(model)
     for name, module in list(found.named_modules()):
         if not isinstance(module, nn.Linear) or keep(name, module):

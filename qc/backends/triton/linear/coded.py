@@ -224,9 +224,16 @@ class Coded(Term):
 
 def packed(stream: Stream, shape: tuple[int, int], bits: int, place: int, weight: Weight) -> Tensor:
     """Return a plane of a stream of codes in fragment order: i16[blocks, steps, 256]."""
+    return fragments(plane_of(stream, shape, bits, place, weight), bits)
+
+
+def plane_of(
+    stream: Stream, shape: tuple[int, int], bits: int, place: int, weight: Weight
+) -> Tensor:  # fmt: skip
+    """Return `bits` bits of codes from bit `place` on: i32[outputs, channels]."""
     stored = weight.arrays()[stream.array][stream.lead]
     codes = unpack_codes(stored, stream.bits, shape[1]).int()
-    return fragments((codes >> place) & ((1 << bits) - 1), bits)
+    return (codes >> place) & ((1 << bits) - 1)
 
 
 def fragments(codes: Tensor, bits: int) -> Tensor:

@@ -23,11 +23,11 @@ from qc.backends.triton.linear.coded import (
     Coded,
     Stream,
     matched,
+    plane_of,
     planes_of,
 )
 from qc.backends.triton.linear.loop import Loop
 from qc.backends.triton.linear.place import Place
-from qc.ir.weights.packing import unpack_codes
 from qc.ir.weights.weight import Weight
 
 MOST_BITS = 4
@@ -125,9 +125,7 @@ def has_low_bytes(stream: Stream, dtype: torch.dtype) -> bool:
 
 def packed(stream: Stream, shape: tuple[int, int], bits: int, place: int, weight: Weight) -> Tensor:
     """Return a plane of codes in the order of device/tables.py: i16[blocks, steps, 256]."""
-    stored = weight.arrays()[stream.array][stream.lead]
-    codes = unpack_codes(stored, stream.bits, shape[1]).int()
-    return selectors((codes >> place) & ((1 << bits) - 1), bits)
+    return selectors(plane_of(stream, shape, bits, place, weight), bits)
 
 
 def selectors(codes: Tensor, bits: int) -> Tensor:

@@ -33,7 +33,7 @@ class Tiling:
 MANY_OUTPUTS = 8192
 """Outputs from which on tiles of 64 are as many programs as multiprocessors."""
 SHORT = 1024
-"""Channels below which tiles without lanes do where there are as many outputs."""
+"""Channels below which the tile for 16 rows serves fewer where lanes do not divide them."""
 FEW = 4
 """Rows of the tile for few rows."""
 LARGEST, MANY = 64, 128
@@ -65,8 +65,8 @@ def coded_tilings(
             if bits == 4 or (rows == 1 and outer <= inner):
                 yield from few_rows(rows, outer, inner, bits == 4 and group >= 64)
             yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
-            if bits == 4 and alone and inner < SHORT <= outer:
-                yield Tiling(64, rows, 4, 3, 256)
+            if bits == 4 and alone and inner < SHORT:
+                yield Tiling(64, 16, 4, 3, 256, registers=True)
         if rows <= 4 and bits == 8 and narrowest == 4 and alone:
             if group >= MANY or (rows > 1 and group >= 64):
                 yield Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
