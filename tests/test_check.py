@@ -322,3 +322,11 @@ def test_a_gpu_has_its_own_kernels_and_predictions(canonical: CanonicalModel) ->
     assert one is not None
     assert report.cost is not None
     assert report.cost.kernels > one.kernels  # each architecture is compiled for
+
+
+def test_a_gpu_gains_nothing_from_inputs_in_small_groups(canonical: CanonicalModel) -> None:
+    said = str(canonical.check("cuda:sm_90", "w4"))
+    assert "linears with int8/g32 inputs multiply in floating point" in said
+    assert "w4a16 in place of w4" in said
+    assert "in floating point" not in str(canonical.check("cuda:sm_90", "w4a16"))
+    assert "in floating point" not in str(canonical.check("cpu", "w4"))

@@ -77,6 +77,7 @@ def check_graph(canonical: Graph, passes: Pipeline, target: Target, source: str)
     if target.device == "rocm":
         notes.append("no kernel has run on a GPU of AMD's yet: no speed-up is promised")
     notes += small_float_notes(found.linears, target)
+    notes += widened_notes(found.linears, target)
     return CheckReport(
         source,
         str(target),
@@ -104,6 +105,20 @@ def small_float_notes(linears: Sequence[PlannedLinear], target: Target) -> list[
             count = f"{len(widened)} of {len(reading)} linears"
             notes.append(f"{count} with {code} inputs multiply in {wide}{why}")
     return notes
+
+
+def widened_notes(linears: Sequence[PlannedLinear], target: Target) -> list[str]:
+    """Say where a GPU gains nothing from quantized activations: small groups are widened."""
+    if target.gpu is None:
+        return []
+    reading = [x for x in linears if x.activation is not None and x.activation.kind == "int"]
+    widened = [x for x in reading if not any("int8" in rule for rule in x.rules)]
+    if not widened:
+        return []
+    return [
+        f"{len(widened)} of {len(reading)} linears with {widened[0].activation} inputs multiply in "
+        "floating point: inputs that are not quantized (w4a16 in place of w4) are faster here"
+    ]
 
 
 SMALL_FLOATS = {"e4m3": ("f8", "fp8"), "e2m1": ("f4", "fp4")}
