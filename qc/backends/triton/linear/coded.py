@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -289,8 +289,10 @@ def coded_term(place: Place) -> Coded | None:
     return found
 
 
+@lru_cache(maxsize=64)
 def matched(place: Place) -> Coded | None:
-    """View weights as codes, or places in tables, times shared factors."""
+    """View weights as codes, or places in tables, times shared factors. Remembered: several rules
+    ask, and for every number of rows that kernels are made for."""
     if is_structural(place.decode) or place.inner < RUN:
         return None
     columns = columns_of_step(place.decode, STEP * RUN, RUN, {ROW: place.outer})
