@@ -32,29 +32,20 @@ def words(factors, LOWER: tl.constexpr):
     return (each >> 32 if LOWER else each).to(tl.int32)
 
 
-@triton.constexpr_function
-def fused(type, offset):
-    """Return PTX for scale q + offset of a pair, or for scale q."""
-    kind = "bf16x2" if type == tl.bfloat16 else "f16x2"
-    if offset:
-        return f"fma.rn.{kind} $0, $1, $2, $3;"
-    return "{ .reg .b32 zero; mov.b32 zero, 0x80008000; " + f"fma.rn.{kind} $0, $1, $2, zero; }}"
-
-
-@triton.constexpr_function
-def one(type):
-    """Return the type of the one result."""
-    return (type,)
+SCALED = tl.constexpr(
+    "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.f16x2 $0, $1, $2, zero; }"
+)
 
 
 @triton.jit
-def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr, TYPE: tl.constexpr):
-    """Turn unpacked codes of outputs g, or g + 8 with LOWER, into weights."""
+def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr):
+    """Turn unpacked codes of outputs g, or g + 8 with LOWER, into weights, in float16: bfloat16
+    would round scales too far (linear/stages.py)."""
     both = words(factors, LOWER)
-    scale = both.to(tl.int16).to(TYPE, bitcast=True)
-    ASM: tl.constexpr = fused(TYPE, OFFSET)
-    OUT: tl.constexpr = one(TYPE)
+    scale = both.to(tl.int16).to(tl.float16, bitcast=True)
     if OFFSET:
-        offset = (both >> 16).to(tl.int16).to(TYPE, bitcast=True)
-        return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [codes, scale, offset], OUT, True, 2)[0]
-    return tl.inline_asm_elementwise(ASM, "=r,r,r", [codes, scale], OUT, True, 2)[0]
+        offset = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        fused: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
+        operands = [codes, scale, offset]
+        return tl.inline_asm_elementwise(fused, "=r,r,r,r", operands, tl.float16, True, 2)
+    return tl.inline_asm_elementwise(SCALED, "=r,r,r", [codes, scale], tl.float16, True, 2)

@@ -93,11 +93,11 @@ def look_up(pairs, tables, PLANES: tl.constexpr, SLOT: tl.constexpr, WORDS: tl.c
 
 
 @triton.jit
-def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr, TYPE: tl.constexpr):
-    """Turn unpacked codes of outputs g, or g + 8 with LOWER, into weights."""
+def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr):
+    """Turn unpacked codes of outputs g, or g + 8 with LOWER, into weights, in float16."""
     both = words(factors, LOWER)
-    scale = both.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+    scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     found = codes.to(tl.float32) * scale
     if OFFSET:
-        found += (both >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
-    return found.to(TYPE)
+        found += (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return found.to(tl.float16)

@@ -1,6 +1,6 @@
 """Terms of codes whose factors are shared by few channels: weights are made in registers.
 
-    w = scale(output, group) q + offset(output, group)      rounded to the type of x
+    w = scale(output, group) q + offset(output, group)      rounded to float16, which x is in, too
 
 Scales and offsets of any form (codes in their turn, zero points times scales) lie beside the codes
 as pairs of 16 bits, for one load. See device/affine.py.
@@ -70,9 +70,7 @@ class Affine(Coded):
         module = "portable" if emission.unpacking == "portable" else "affine"
         factors, offset = self.pairs(emission, loop, run // self.group), self.offset is not None
         upper, lower = (
-            emission.bind(
-                f"{module}.scaled({name}, {factors}, {half}, {offset}, {emission.dtype_name})"
-            )
+            emission.bind(f"{module}.scaled({name}, {factors}, {half}, {offset})")
             for half, name in enumerate(self.codes.digits(emission, loop, stream, run))
         )
         return upper, lower
@@ -81,7 +79,7 @@ class Affine(Coded):
         """Write the load of scales and offsets of a group of the step, once."""
         place = self.place
         array = f"{place.prefix}/factors{self.group}"
-        repack = partial(packed_factors, self, emission.dtype)
+        repack = partial(packed_factors, self)
         name = emission.weight(place.operand, array, torch.int64, repack)
         key = f"{name} of group {number}"
         if key not in loop.known:
@@ -94,7 +92,7 @@ class Affine(Coded):
         return loop.known[key]
 
 
-def packed_factors(term: Affine, dtype: torch.dtype, weight: Weight) -> Tensor:
+def packed_factors(term: Affine, weight: Weight) -> Tensor:
     """Return scales, and above them offsets, of outputs g and above those of g + 8, of every 16:
     i64[groups, outputs / 2]."""
     place = term.place
@@ -105,7 +103,7 @@ def packed_factors(term: Affine, dtype: torch.dtype, weight: Weight) -> Tensor:
     words = torch.zeros(groups, blocks * BLOCK, dtype=torch.int32)
     for part in term.parts:
         factor = torch.ones(()) if part.factor is None else rendering.value(part.factor)
-        bits = factor.expand(groups, place.outer).to(dtype).view(torch.int16).int()
+        bits = factor.expand(groups, place.outer).half().view(torch.int16).int()
         words[:, : place.outer] |= bits << 16 if part.stream is None else bits & 0xFFFF
     pairs = words.view(groups, blocks, 2, 8).transpose(2, 3).contiguous()
     return pairs.view(torch.int64).view(groups, -1)
