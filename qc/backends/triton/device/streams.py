@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qc.backends.triton.device import entries
 from qc.backends.triton.device.fragments import conversion
 
 FOURS = tl.constexpr(triton.__version__.startswith(("3.6.", "3.7.")))
@@ -112,21 +113,12 @@ def turn(number, first, programs, CELLS: tl.constexpr, WEIGHTS: tl.constexpr):
 
 
 @triton.jit
-def listed(start, stop, columns, values, TOGETHER: tl.constexpr):
-    """Load the first TOGETHER entries of each output: their channels and values."""
-    entry = start[:, None] + tl.arange(0, TOGETHER)[None, :]
-    inside = entry < stop[:, None]
-    column = tl.load(columns + entry, mask=inside, other=0)
-    return column, tl.load(values + entry, mask=inside, other=0.0)
-
-
-@triton.jit
 def gathered(x, start, stop, columns, values, column, value, TOGETHER: tl.constexpr):
     """Return the sums of value x[column] over the entries of each output, f32[OUT]; the first ones
     are loaded."""
     total = value.to(tl.float32) * tl.load(x + column.to(tl.int32)).to(tl.float32)
     for more in range(TOGETHER, tl.max(stop - start, 0), TOGETHER):
-        column, value = listed(start + more, stop, columns, values, TOGETHER)
+        column, value = entries.first(start + more, stop, columns, values, TOGETHER)
         total += value.to(tl.float32) * tl.load(x + column.to(tl.int32)).to(tl.float32)
     return tl.sum(total, 1)
 

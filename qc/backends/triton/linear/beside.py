@@ -74,7 +74,7 @@ class Listed:
         calls = [place.function(emission, each, (ROW,)) for each in bounds]
         start, stop = (emission.bind(f"{name}({every}{arrays})") for name, arrays in calls)
         stored = ", ".join(place.stored(emission, each) for each in self.arrays)
-        first = emission.bind(f"streams.listed({start}, {stop}, {stored}, {self.together})")
+        first = emission.bind(f"entries.first({start}, {stop}, {stored}, {self.together})")
         self.held = f"{start}, {stop}, {stored}, {first}[0], {first}[1], {self.together}"
 
     def begin(self, emission: Emission, x: str) -> str:
