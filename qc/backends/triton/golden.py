@@ -6,7 +6,7 @@ weights of the first layer that makes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qc.backends.stored import as_numpy
-from qc.backends.triton.lower import GpuLowering, PlacedCall, torch_dtype
+from qc.backends.triton.lower import Conversion, GpuLowering, PlacedCall, torch_dtype
 from qc.backends.triton.storage import half_dtype, is_cache
 from qc.ir import ops
 from qc.ir.fused import Fused
@@ -49,18 +49,28 @@ def golden_checks(lowering: GpuLowering) -> Golden:
     seen: set[tuple[str, ...]] = set()
     writer = GoldenWriter(lowering, golden)
     for call in lowering.calls:
-        steps = [lowering.program.steps[number] for number in call.steps]
-        kernels = tuple(step.kernel for step in steps if isinstance(step, KernelStep))
+        kernels = kernels_of(lowering, call.steps)
         if kernels not in seen and writer.add(call):
             seen.add(kernels)
+    checked = {kernel for kernels in seen for kernel in kernels}
+    for conversion in lowering.conversions:
+        (kernel,) = kernels_of(lowering, [conversion.step])
+        if kernel not in checked and writer.add_conversion(conversion):
+            checked.add(kernel)
     return golden
+
+
+def kernels_of(lowering: GpuLowering, steps: Sequence[int]) -> tuple[str, ...]:
+    """Return the kernels that some steps launch."""
+    found = (lowering.program.steps[number] for number in steps)
+    return tuple(step.kernel for step in found if isinstance(step, KernelStep))
 
 
 def sizes_for(call: PlacedCall) -> dict[str, int] | None:
     """Return the least sizes for which a call takes these launches; None where its rows are not
     those of one sequence."""
     rows = call.low
-    sizes = {"batch": 1, "seq": rows, "keep": rows, "past": PAST, "context": CONTEXT}
+    sizes = sizes_of(rows)
     while sizes["seq"] + PAST > sizes["context"]:
         sizes["context"] *= 2
     names = dim_symbols((call.dim,)) | operand_symbols(call.node)
@@ -68,6 +78,11 @@ def sizes_for(call: PlacedCall) -> dict[str, int] | None:
         return None
     count = bind_dim(call.dim, sizes)
     return sizes if call.low <= count <= (call.high or count) else None
+
+
+def sizes_of(rows: int) -> dict[str, int]:
+    """Return the sizes of one sequence of so many tokens."""
+    return {"batch": 1, "seq": rows, "keep": rows, "past": PAST, "context": CONTEXT}
 
 
 def operand_symbols(node: Node) -> set[str]:
@@ -101,19 +116,36 @@ class GoldenWriter:
         known = dict(zip(node.op.body.inputs, (value for value, _ in operands), strict=True))
         with torch.no_grad():
             result = evaluate_nodes(node.op.body.outputs, {}, sizes, known=known)[0]
+        needed = {index: held[index] for index in sorted(self.needed(call))}
+        self.keep(call.steps, sizes, needed, self.results(node, result, held))
+        return True
+
+    def add_conversion(self, conversion: Conversion) -> bool:
+        """Add the check of a copy into another type; say whether that was possible."""
+        node, sizes, values = conversion.node, sizes_of(1), self.lowering.program.values
+        if not dim_symbols(node.tensor.shape) <= sizes.keys():
+            return False
+        source, wanted = (
+            torch_dtype(values[index].dtype) for index in (conversion.source, conversion.result)
+        )
+        value = self.values(node, source, sizes)
+        results = [(conversion.result, value.to(wanted), 0.0)]
+        self.keep([conversion.step], sizes, {conversion.source: value}, results)
+        return True
+
+    def keep(
+        self, steps: Sequence[int], sizes: dict[str, int], held: Mapping[int, Tensor],
+        results: Iterable[tuple[int, Tensor, float]],
+    ) -> None:  # fmt: skip
+        """Keep the checks of some steps, a result each, and the arrays that they read."""
         number = len(self.golden.checks)
-        inputs = {}
-        for index in sorted(self.needed(call)):
-            name = f"{number}.in{index}"
-            inputs[str(index)] = name
-            self.golden.arrays[name] = as_numpy(held[index])
-        for index, expected, tolerance in self.results(node, result, held):
+        inputs = {str(index): f"{number}.in{index}" for index in held}
+        self.golden.arrays |= {inputs[str(i)]: as_numpy(array) for i, array in held.items()}
+        for index, expected, tolerance in results:
             name = f"{number}.out{index}"
             self.golden.arrays[name] = as_numpy(expected)
-            self.golden.checks.append(
-                GoldenCheck(tuple(call.steps), sizes, inputs, index, name, tolerance)
-            )
-        return True
+            check = GoldenCheck(tuple(steps), sizes, inputs, index, name, tolerance)
+            self.golden.checks.append(check)
 
     def needed(self, call: PlacedCall) -> set[int]:
         """Return the values that the steps read and do not write first."""

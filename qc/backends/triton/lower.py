@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -42,12 +43,14 @@ def lower(graph: Graph, target: Target, rules: Sequence[KernelRule]) -> Lowered[
 
 
 class GpuLowering(Lowering[Call, Launch]):
-    """One run of `lower`. `calls` are the steps of each fused node, for golden checks."""
+    """One run of `lower`. `calls` are the steps of each fused node, `conversions` those that copy
+    values into another type, for golden checks."""
 
     def __init__(self, graph: Graph, target: Target, rules: Sequence[KernelRule]) -> None:
         super().__init__(graph, target, rules)
         self.converted: dict[tuple[int, torch.dtype], int] = {}
         self.calls: list[PlacedCall] = []
+        self.conversions: list[Conversion] = []
 
     def quantized(self, name: str, type: TensorType, kind: str = "scratch") -> Place:
         """Add the codes, the scales of the groups, and the factors of scales."""
@@ -175,6 +178,7 @@ class GpuLowering(Lowering[Call, Launch]):
             grid = (cells_text(Cells(count, BLOCK), {}), 1, 1)
             origin = str(operand.origin.module)
             step = KernelStep(name, arguments, (index,), (result,), origin, {}, grid)
+            self.conversions.append(Conversion(operand, index, result, len(self.program.steps)))
             self.program.steps.append(step)
             self.converted[index, wanted] = result
         return self.converted[index, wanted]
@@ -187,6 +191,16 @@ class PlacedCall:
         self, node: Node, dim: Dim, low: int, high: int | None, steps: Sequence[int]
     ) -> None:
         self.node, self.dim, self.low, self.high, self.steps = node, dim, low, high, steps
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A step that copies the value of a node into another type."""
+
+    node: Node
+    source: int
+    result: int
+    step: int
 
 
 def late_values(launch: Launch, arguments: Sequence[ValueArg | Scalar]) -> tuple[int, ...]:
