@@ -69,6 +69,13 @@ AFFINE = (
     Case("int4·g64·zero + rank8", 50, 1024, 70, None, "residual"),
     Case("int4·g32", 48, 96, 5, None, "bias"),
     Case("nf4·g32", 48, 512, 2),
+    Case("int3·g16·min·scale(int3·o16·min)·minimum(int3·o16·min)", 80, 192, 3, None, "all"),
+    Case("int4·g16", 50, 144, 17, None, "residual"),
+    Case("int2·g16·min + sparse2%", 64, 2048, 1),
+    Case("nf4·g16", 33, 320, 2),
+    Case("mxfp4", 72, 512, 9, None, "gated"),
+    Case("e2m1·g32 + rank8", 48, 1024, 20, None, "bias"),
+    Case("int4·g32·min·scale(e4m3·tensor)", 40, 256, 70),
 )
 """Weights that are made in registers, for their groups are small."""
 
@@ -110,7 +117,7 @@ WIDENED = (
     Case("nvfp4", 96, 4096, 3, None, "gated"),
     Case("nvfp4", 64, 256, 33, 32, "gated"),
 )
-"""Floats of 4 bits with scales of e4m3 times float16."""
+"""Floats of 4 bits with scales of e4m3 times float16, made in registers, or bfloat16, widened."""
 
 KEPT = (
     Case("kept50%·g16(int4·row·zero)", 200, 512, 1, None, "all", multiprocessors=2),

@@ -12,23 +12,23 @@ import triton.language as tl
 
 
 @triton.jit
-def load(factors, first, group, BLOCKS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr,
-         GROUPS: tl.constexpr):  # fmt: skip
-    """Load scales and offsets of a group of OUT outputs, from block `first` of BLOCKS on; a lane
-    has GROUPS. A thread of a warp has those of outputs g and g + 8, as in fragments.py: a number of
-    64 bits, for a thread that had two would not have neighbours."""
-    at = tl.arange(0, OUT * LANES * 2)
-    block = first + at // 32 % (OUT // 16)
+def load(factors, first, run, BLOCKS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr,
+         RUNS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """Load scales and offsets of the GROUPS of a run of OUT outputs, from block `first` of BLOCKS
+    on; a lane has RUNS. A thread of a warp has those of outputs g and g + 8, as in fragments.py: a
+    number of 64 bits, for a thread that had two would not have neighbours."""
+    at = tl.arange(0, OUT * LANES * 2 * GROUPS)
+    block = first + at // (32 * GROUPS) % (OUT // 16)
     if BLOCKS * 16 % OUT != 0:
         block = tl.minimum(block, BLOCKS - 1)
-    here = group + at // (OUT * 2) * GROUPS
-    return tl.load(factors + (here * (BLOCKS * 8) + block * 8 + at % 32 // 4))
+    here = (run + at // (OUT * 2 * GROUPS) * RUNS) * (BLOCKS * 8) + block * 8
+    return tl.load(factors + (here + at % (32 * GROUPS) // (4 * GROUPS)) * GROUPS + at % GROUPS)
 
 
 @triton.jit
-def words(factors, LOWER: tl.constexpr):
+def words(factors, LOWER: tl.constexpr, GROUPS: tl.constexpr):
     """Return the scale, and above it the offset, of outputs g, or g + 8 with LOWER."""
-    each = tl.reshape(factors, [factors.shape[0] // 32, 8, 4, 1, 1, 1])
+    each = tl.reshape(factors, [factors.shape[0] // (32 * GROUPS), 8, 4, GROUPS, 1, 1])
     return (each >> 32 if LOWER else each).to(tl.int32)
 
 
@@ -38,10 +38,10 @@ SCALED = tl.constexpr(
 
 
 @triton.jit
-def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr):
+def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr, GROUPS: tl.constexpr):
     """Turn unpacked codes of outputs g, or g + 8 with LOWER, into weights, in float16: bfloat16
     would round scales too far (linear/stages.py)."""
-    both = words(factors, LOWER)
+    both = words(factors, LOWER, GROUPS)
     scale = both.to(tl.int16).to(tl.float16, bitcast=True)
     if OFFSET:
         offset = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
@@ -49,3 +49,9 @@ def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr):
         operands = [codes, scale, offset]
         return tl.inline_asm_elementwise(fused, "=r,r,r,r", operands, tl.float16, True, 2)
     return tl.inline_asm_elementwise(SCALED, "=r,r,r", [codes, scale], tl.float16, True, 2)
+
+
+@triton.jit
+def whole(acc, sums, factors, out):
+    """Add sums, times the factors of their outputs."""
+    return acc + sums * tl.load(factors + out)[:, None]

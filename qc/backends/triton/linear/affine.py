@@ -2,22 +2,21 @@
 
     w = scale(output, group) q + offset(output, group)      rounded to float16, which x is in, too
 
-Scales and offsets of any form (codes in their turn, zero points times scales) lie beside the codes
-as pairs of 16 bits, for one load. See device/affine.py.
+Scales and offsets of any form (codes in their turn, zero points times scales, small floats) lie
+beside the codes as pairs of 16 bits, for one load: see factors.py, device/affine.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.linear.coded import (
     BLOCK,
-    GROUP,
     LARGEST_UNIT,
     RUN,
     Coded,
@@ -25,16 +24,16 @@ from qc.backends.triton.linear.coded import (
     Stream,
     coded_term,
 )
+from qc.backends.triton.linear.factors import Factors
 from qc.backends.triton.linear.looked import looked_term
 from qc.backends.triton.linear.loop import Loop
 from qc.backends.triton.linear.place import Place
-from qc.ir.weights.affine import depends_on
-from qc.ir.weights.expression import ROW, AsFloat, AsHalf, Const, Expr, TorchRendering, walk
-from qc.ir.weights.weight import Weight
 
 LARGEST_GROUP, LARGEST_OF_TABLES, LARGEST_WITH_OFFSET = 32, 64, 128
 """Channels of a group up to which weights are made: of integers, of what is looked up, and where
 there are offsets. Measured: decision 029."""
+SMALLEST_GROUP = 16
+"""Channels whose weights one load of factors and one run of codes can take apart."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,17 @@ class Affine(Coded):
 
     @property
     def unit(self) -> int:
-        return LARGEST_UNIT if self.place.inner % LARGEST_UNIT == 0 else self.group
+        return LARGEST_UNIT if self.place.inner % LARGEST_UNIT == 0 else self.shared
+
+    @property
+    def shared(self) -> int:
+        """The channels whose factors are one load: a run, or more."""
+        return max(self.group, RUN)
+
+    @cached_property
+    def factors_of_groups(self) -> Factors:
+        """Scales and offsets, as they are laid out."""
+        return Factors(self.place, self.parts, self.group)
 
     @property
     def offset(self) -> CodedPart | None:
@@ -54,7 +63,8 @@ class Affine(Coded):
         return next((part for part in self.parts if part.stream is None), None)
 
     def emit(self, emission: Emission, loop: Loop, acc: str) -> None:
-        stream = next(part.stream for part in self.parts if part.stream is not None)
+        stream, moved = self.factors_of_groups.stream, self.factors_of_groups.moved
+        target = loop.beside(emission, f"products.zeros({loop.tile})") if moved else acc
         for start in range(0, loop.width, loop.unit):
             runs = range(start, start + loop.unit, RUN)
             flat = ", ".join(
@@ -62,73 +72,64 @@ class Affine(Coded):
             )
             kind = {1: "left", 2: "left64", 4: "left128"}[len(runs)]
             left = emission.bind(f"fragments.{kind}({flat}, {loop.size})")
-            emission.line(f"{acc} = fragments.more({acc}, {left}, {loop.x(start)})")
+            emission.line(f"{target} = fragments.more({target}, {left}, {loop.x(start)})")
+        if moved:
+            place = self.place
+            array = f"{place.prefix}/whole"
+            repack = self.factors_of_groups.whole
+            name = emission.weight(place.operand, array, torch.float32, repack)
+            loop.ends.append(f"{acc} = affine.whole({acc}, {target}, {name}, {loop.out})")
 
     def weights(self, emission: Emission, loop: Loop, stream: Stream, run: int) -> tuple[str, str]:
         """Write the weights of a run of 32 channels, of outputs g and g + 8."""
         assert self.codes is not None
         module = "portable" if emission.unpacking == "portable" else "affine"
-        factors, offset = self.pairs(emission, loop, run // self.group), self.offset is not None
+        factors, offset = self.pairs(emission, loop, run // self.shared), self.offset is not None
         upper, lower = (
-            emission.bind(f"{module}.scaled({name}, {factors}, {half}, {offset})")
+            emission.bind(f"{module}.scaled({name}, {factors}, {half}, {offset}, {self.halves})")
             for half, name in enumerate(self.codes.digits(emission, loop, stream, run))
         )
         return upper, lower
 
+    @property
+    def halves(self) -> int:
+        """The groups of a run."""
+        return self.shared // self.group
+
     def pairs(self, emission: Emission, loop: Loop, number: int) -> str:
-        """Write the load of scales and offsets of a group of the step, once."""
-        place = self.place
+        """Write the load of scales and offsets of a group of the step, or of a run's, once."""
+        place, shared = self.place, self.shared
         array = f"{place.prefix}/factors{self.group}"
-        repack = partial(packed_factors, self)
+        repack = self.factors_of_groups.packed
         name = emission.weight(place.operand, array, torch.int64, repack)
         key = f"{name} of group {number}"
         if key not in loop.known:
-            blocks, groups = -(-place.outer // BLOCK), -(-loop.channels // self.group)
-            sizes = f"{blocks}, BN, {loop.lanes}, {groups}"
+            blocks, loads = -(-place.outer // BLOCK), -(-loop.channels // shared)
+            sizes = f"{blocks}, BN, {loop.lanes}, {loads}, {self.halves}"
             call = f"affine.load({name}, block, {{}}, {sizes})"
-            first = call.format(loop.number(loop.first, self.group, number, False))
-            after = call.format(loop.number("step + 1", self.group, number, False))
+            first = call.format(loop.number(loop.first, shared, number, False))
+            after = call.format(loop.number("step + 1", shared, number, False))
             loop.known[key] = loop.carried(emission, first, after)
         return loop.known[key]
 
 
-def packed_factors(term: Affine, weight: Weight) -> Tensor:
-    """Return scales, and above them offsets, of outputs g and above those of g + 8, of every 16:
-    i64[groups, outputs / 2]."""
-    place = term.place
-    blocks, groups = -(-place.outer // BLOCK), -(-place.inner // term.group)
-    rows = torch.arange(place.outer, dtype=torch.int32)
-    indices = {ROW.axis: rows, GROUP.axis: torch.arange(groups, dtype=torch.int32).unsqueeze(1)}
-    rendering = TorchRendering(weight.arrays(), indices)
-    words = torch.zeros(groups, blocks * BLOCK, dtype=torch.int32)
-    for part in term.parts:
-        factor = torch.ones(()) if part.factor is None else rendering.value(part.factor)
-        bits = factor.expand(groups, place.outer).half().view(torch.int16).int()
-        words[:, : place.outer] |= bits << 16 if part.stream is None else bits & 0xFFFF
-    pairs = words.view(groups, blocks, 2, 8).transpose(2, 3).contiguous()
-    return pairs.view(torch.int64).view(groups, -1)
-
-
 def affine_term(place: Place) -> Affine | None:
     """Take a term of codes with scales, and maybe offsets, of few channels."""
-    found = looked_term(place) or coded_term(place)
+    found = next((term for term in codes_of(place) if term is not None), None)
     if found is None:
         return None
     streams = [part.stream for part in found.parts if part.stream is not None]
     offsets = len(found.parts) - len(streams)
-    if len(streams) != 1 or streams[0].half is not None or streams[0].bits > 4 or offsets > 1:
+    if len(streams) != 1 or streams[0].bits > 4 or offsets > 1:
         return None
     largest = LARGEST_OF_TABLES if streams[0].table else LARGEST_GROUP
     if found.group > (LARGEST_WITH_OFFSET if offsets else largest):
         return None
-    if not all(in_halves(part.factor) for part in found.parts):
-        return None
     return Affine(place, found.parts, found.group, found)
 
 
-def in_halves(factor: Expr | None) -> bool:
-    """Say whether factors of outputs are made of float16 and integers, so that float16 holds them
-    wherever it holds what is stored."""
-    if factor is None or isinstance(factor, Const) or not depends_on(factor, ROW):
-        return False
-    return not any(isinstance(each, AsFloat | AsHalf) for each in walk(factor))
+def codes_of(place: Place) -> Iterator[Coded | None]:
+    """Yield how codes are unpacked, where one way fits: by runs, or by halves of them."""
+    for run in (RUN, SMALLEST_GROUP):
+        yield looked_term(place, run)
+        yield coded_term(place, run)

@@ -281,33 +281,33 @@ def across(array: str, weight: Weight) -> Tensor:
 # ---------------------------------------------------------------- matching
 
 
-def coded_term(place: Place) -> Coded | None:
-    """Take a term whose weights are codes times shared factors."""
-    found = matched(place)
+def coded_term(place: Place, run: int = RUN) -> Coded | None:
+    """Take a term whose weights are codes times factors that `run` channels share."""
+    found = matched(place, run)
     if found is None or any(part.stream and part.stream.table for part in found.parts):
         return None
     return found
 
 
 @lru_cache(maxsize=64)
-def matched(place: Place) -> Coded | None:
-    """View weights as codes, or places in tables, times shared factors. Remembered: several rules
-    ask, and for every number of rows that kernels are made for."""
+def matched(place: Place, run: int = RUN) -> Coded | None:
+    """View weights as codes, or places in tables, times factors that `run` channels share at least.
+    Remembered: several rules ask, and for every number of rows that kernels are made for."""
     if is_structural(place.decode) or place.inner < RUN:
         return None
-    columns = columns_of_step(place.decode, STEP * RUN, RUN, {ROW: place.outer})
+    columns = columns_of_step(place.decode, STEP * run, run, {ROW: place.outer})
     parts = [coded_part(part, place) for part in factored(columns)]
     found = [part for part in parts if part is not None]
     if len(found) != len(parts) or not any(part.stream for part in found):
         return None
     found = with_zero_points(found)
     most = max(1, min(LARGEST_GROUP, place.inner) // RUN)
-    for runs in (4, 2, 1):
+    for runs in (4, 2, 1) if run == RUN else (1,):
         if runs <= most:
-            grouped = [over_groups(part, runs, place) for part in found]
+            grouped = [over_groups(part, runs, run, place) for part in found]
             if all(part is not None for part in grouped):
                 kept = tuple(part for part in grouped if part is not None)
-                return Coded(place, kept, runs * RUN)
+                return Coded(place, kept, runs * run)
     return None
 
 
@@ -315,23 +315,24 @@ def coded_part(part: FormPart, place: Place) -> CodedPart | None:
     """View a part as codes times a factor; None where its values are something else."""
     if part.values is None:
         return CodedPart(part.factor, None)
-    streams = {stream_of(value, column, place) for column, value in enumerate(part.values)}
+    run = len(part.values)
+    streams = {stream_of(value, column, run, place) for column, value in enumerate(part.values)}
     if len(streams) != 1 or (stream := streams.pop()) is None:
         return None
     return CodedPart(part.factor, stream)
 
 
-def stream_of(value: Expr, column: int, place: Place) -> Stream | None:
-    """View the value of a column of a step as digit * code + offset, as a small float, or as what
-    stands in a table."""
+def stream_of(value: Expr, column: int, run: int, place: Place) -> Stream | None:
+    """View the value of a column of a step of `run` as digit * code + offset, as a small float, or
+    as what stands in a table."""
     digit, offset = 1, 0
     match value:
         case ToFloat(inner):
             value = inner
         case AsHalf(inner):
-            return half_stream(inner, column)
+            return half_stream(inner, column, run)
         case Load():
-            return table_stream(value, column, place)
+            return table_stream(value, column, run, place)
         case _:
             return None
     match value:
@@ -342,13 +343,13 @@ def stream_of(value: Expr, column: int, place: Place) -> Stream | None:
     match value:
         case Arith("mul", inner, Const(int(number))):
             value, digit = inner, number
-    lead = lead_of(value, column)
+    lead = lead_of(value, column, run)
     if lead is None or not isinstance(value, Code):
         return None
     return Stream(value.array, lead, value.width, digit, offset)
 
 
-def lead_of(code: Expr, column: int) -> tuple[int, ...] | None:
+def lead_of(code: Expr, column: int, run: int) -> tuple[int, ...] | None:
     """Return the places on the leading axes of a code's array; None where it is not the code of
     its own column and row."""
     if not isinstance(code, Code) or not 1 <= code.width <= 8:
@@ -356,12 +357,12 @@ def lead_of(code: Expr, column: int) -> tuple[int, ...] | None:
     lead = code.index[:-1]
     if code.index[-1] != ROW or not all(isinstance(each, Const) for each in lead):
         return None
-    if simplify(code.position - (STEP * RUN + column) * code.width, {}) != Const(0):
+    if simplify(code.position - (STEP * run + column) * code.width, {}) != Const(0):
         return None
     return tuple(int(each.value) for each in lead if isinstance(each, Const))
 
 
-def half_stream(bits: Expr, column: int) -> Stream | None:
+def half_stream(bits: Expr, column: int, run: int) -> Stream | None:
     """View the bits of a float16 as those of a code of 4 or 8 bits:
     (code & mask) << place | (code >> sign) << 15."""
     match bits:
@@ -370,19 +371,19 @@ def half_stream(bits: Expr, column: int) -> Stream | None:
             Arith("shl", Arith("and", Code() as code, Const(int(mask))), Const(int(place))),
             Arith("shl", Arith("shr", Code() as again, Const(int(sign))), Const(15)),
         ) if code == again and code.width in (4, 8):
-            lead = lead_of(code, column)
+            lead = lead_of(code, column, run)
             if lead is None or sign != code.width - 1 or mask != (1 << sign) - 1:
                 return None
             return Stream(code.array, lead, code.width, half=(sign, place))
     return None
 
 
-def table_stream(value: Load, column: int, place: Place) -> Stream | None:
+def table_stream(value: Load, column: int, run: int, place: Place) -> Stream | None:
     """View a value as one of a table that a row has, some rows, or all."""
     match value.index:
         case (number, Const(0), Code() as code):
             rows = rows_of_table(number, place.outer)
-            lead = lead_of(code, column)
+            lead = lead_of(code, column, run)
             if rows is None or lead is None or place.specs[value.array].dtype != torch.float16:
                 return None
             return Stream(code.array, lead, code.width, table=Table(value.array, rows))
@@ -399,13 +400,13 @@ def rows_of_table(number: Expr, outer: int) -> int | None:
     return 1 if number == ROW else None
 
 
-def over_groups(part: CodedPart, runs: int, place: Place) -> CodedPart | None:
-    """Write a factor over groups of `runs` runs of 32 channels; None where it varies inside."""
+def over_groups(part: CodedPart, runs: int, run: int, place: Place) -> CodedPart | None:
+    """Write a factor over groups of `runs` times `run` channels; None where it varies inside."""
     if part.factor is None:
         return part
     if COL in part.factor.indices:
         return None
-    groups = -(-place.inner // (runs * RUN))
+    groups = -(-place.inner // (runs * run))
     sizes = {GROUP: groups, REST: runs, ROW: place.outer}
     at = GROUP * runs + REST if runs > 1 else GROUP
     wide = simplify(substitute_indices(part.factor, {STEP: at}), sizes)

@@ -164,9 +164,9 @@ def words_of_bytes(values: Tensor, low: bool) -> Tensor:
     return words.to(torch.int32).T.contiguous()  # from 2^31 on: negative
 
 
-def looked_term(place: Place) -> Looked | None:
-    """Take a term some of whose weights are looked up."""
-    found = matched(place)
+def looked_term(place: Place, run: int = RUN) -> Looked | None:
+    """Take a term some of whose weights are looked up, whose factors `run` channels share."""
+    found = matched(place, run)
     if found is None:
         return None
     streams = [part.stream for part in found.parts if part.stream is not None]

@@ -128,6 +128,11 @@ class Loop:
         """The number of rows of a tile."""
         return "BN" if self.lanes == 1 else f"BN * {self.lanes}"
 
+    @property
+    def tile(self) -> str:
+        """The sizes of an accumulator."""
+        return "BN, BM" if self.lanes == 1 else f"BN * {self.lanes}, BM * {self.lanes}"
+
     def at(self, start: int) -> str:
         """Return channel `start` of the step."""
         return f"k + {start}" if start else "k"
