@@ -17,10 +17,11 @@ from qc.backends.triton.rendering import ELEMENTWISE, render
 from qc.backends.triton.storage import declare_input, declare_result, is_cache, quantized_arrays
 from qc.ir import ops
 from qc.ir.node import Node
-from qc.ir.types import Dim, TensorType, element_count
+from qc.ir.types import ActivationFormat, Dim, TensorType, element_count
 
 STATISTICS = (ops.RMSNorm, ops.LayerNorm, ops.Softmax, ops.Reduce)
-ROW_OPS = (*ELEMENTWISE, *STATISTICS, ops.Quantize, ops.Hadamard, ops.Input, ops.Scalar)
+ROUNDING = (ops.Quantize, ops.FakeQuantize)
+ROW_OPS = (*ELEMENTWISE, *STATISTICS, *ROUNDING, ops.Hadamard, ops.Input, ops.Scalar)
 
 LARGEST = 1 << 16
 """Channels of the longest row: 64 a thread, with the 1024 threads of a block."""
@@ -81,6 +82,9 @@ class Row:
                 return self.glue.call("single_row.softmax", *operands, *where)
             case ops.Reduce(kind):
                 return self.glue.call(f"single_row.{kind}", *operands, *where)
+            case ops.FakeQuantize(format):
+                module, how = self.rounding(format, "rounded")
+                return self.glue.call(f"{module}.fake_quantize", *operands, *where, *how)
         raise TypeError(f"{node.op} looks at no row")
 
     def store_scratch(self, node: Node, target: Scratch) -> None:
@@ -112,16 +116,20 @@ class Row:
                 TensorType((rows, self.size), format=format)
             ).items()
         ]
+        module, how = self.rounding(format, "to")
+        where = (value, self.number, self.channel, self.size)
+        self.glue.do(f"{module}.quantize", *arrays, *where, *how)
+
+    def rounding(self, format: ActivationFormat, to: str) -> tuple[str, tuple[object, ...]]:
+        """Return the module that rounds to codes of a format, and how it is told which; `to` is
+        what the names of functions begin with that round in units of scales."""
         block = power_of_two(self.size)
-        group = min(format.group or block, block)
-        where = (value, self.number, self.channel, self.size, block, group)
+        groups = block, min(format.group or block, block)
         if format.kind == "e2m1":
-            self.glue.do("fp4.quantize", *arrays, *where)
-            return
+            return "fp4", groups
         # Codes of fewer bits than 8 are bytes, too; their limit is given.
         code = "e4m3" if format.kind == "e4m3" else "int8"
-        encode = self.glue.named(f"codes.to_{code}")
-        self.glue.do("single_row.quantize", *arrays, *where, format.limit, encode)
+        return "single_row", (*groups, format.limit, self.glue.named(f"codes.{to}_{code}"))
 
     def launch(self, count: Dim) -> Launch:
         """Close the kernel: a program a row."""
@@ -138,7 +146,7 @@ def rows_of(region: Region) -> tuple[Dim, int] | None:
     shape = whole.tensor.shape
     if not shape or not isinstance(shape[-1], int) or not 1 <= shape[-1] <= LARGEST:
         return None
-    whole_row = (*STATISTICS, ops.Quantize, ops.Hadamard)
+    whole_row = (*STATISTICS, *ROUNDING, ops.Hadamard)
     if not any(isinstance(n.op, whole_row) for n in region.body.nodes):
         return None
     if any(is_cache(operand) or operand.tensor.format for operand in region.operands):
@@ -156,9 +164,10 @@ def is_local(node: Node, shape: tuple[Dim, ...], root: Node) -> bool:
     type, op = node.tensor, node.op
     if not isinstance(op, ROW_OPS):
         return False
-    if isinstance(op, ops.Quantize):
+    if isinstance(op, ROUNDING):
         group = op.format.group
-        return node is root and (group is None or group == power_of_two(group))
+        where = node is root if isinstance(op, ops.Quantize) else type.shape == shape
+        return where and (group is None or group == power_of_two(group))
     if not type.is_float and type.shape == shape:
         return False
     last = len(shape) - 1

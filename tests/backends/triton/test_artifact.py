@@ -27,7 +27,7 @@ from qc.ir.node import make
 from qc.ir.target import GPUS, parse_machine
 from qc.ir.target import ROCM as ROCM_GPUS
 from qc.passes.pipeline import Context
-from qc.passes.plan.fuse import Fuse
+from qc.passes.plan import plan
 from qc.runtime.manifest import CUDA, ROCM, KernelStep
 from tests.backends.triton.kernel_cases import BATCH, CASES, SEQ, value
 from tests.tiny_llama import llama_folder
@@ -116,7 +116,7 @@ def test_an_artifact_is_complete(target: str, tmp_path: Path) -> None:
 def lowering_of(graph: Graph, target: str) -> GpuLowering:
     """Plan and lower a graph."""
     machine = parse_machine(target)
-    planned = Fuse().run(graph, Context(machine))
+    planned = plan(machine).run(graph, Context(machine))
     lowering = GpuLowering(planned, machine, GPU_RULES)
     lowering.run()
     return lowering

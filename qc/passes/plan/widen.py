@@ -1,0 +1,50 @@
+"""Activations in codes that a GPU does not multiply become floats where they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qc.ir import ops
+from qc.ir.graph import Graph
+from qc.ir.node import Node, make
+from qc.ir.rewrite import substitute
+from qc.passes.pipeline import Context, Pass
+from qc.passes.stage import QUANTIZED, Stage
+
+
+@dataclass(frozen=True)
+class WidenActivations(Pass):
+    """Round activations without storing codes where their codes would be multiplied as floats.
+
+        linear(quantize(%x), %w)  -->  linear(fake_quantize(%x), %w)
+
+    Exact.
+    """
+
+    name: ClassVar[str] = "widen_activations"
+    requires: ClassVar[Stage] = QUANTIZED
+    ensures: ClassVar[Stage] = QUANTIZED
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        gpu = context.target.gpu
+        if gpu is None:
+            return graph
+        floats: dict[Node, Node] = {}
+        replacements: dict[Node, Node] = {}
+        for node in graph.nodes:
+            if not isinstance(node.op, ops.Linear):
+                continue
+            codes, *others = node.inputs
+            if not isinstance(codes.op, ops.Quantize):
+                continue
+            format, channels = codes.op.format, int(codes.tensor.shape[-1])
+            if gpu.multiplies(format, channels):
+                continue
+            if codes not in floats:
+                origin = codes.origin.touched_by(self.name)
+                floats[codes] = make(ops.FakeQuantize(format), *codes.inputs, origin=origin)
+            replacements[node] = make(
+                node.op, floats[codes], *others, origin=node.origin.touched_by(self.name)
+            )
+        return substitute(graph, replacements)
