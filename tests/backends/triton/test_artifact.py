@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qc
+from qc.backends.lowering import Lowered
 from qc.backends.triton.append import append_rules
 from qc.backends.triton.attention import attention_rules
 from qc.backends.triton.compile import compile_launch, inspect
@@ -26,15 +27,18 @@ from qc.ir.graph import Graph
 from qc.ir.node import make
 from qc.ir.target import GPUS, parse_machine
 from qc.ir.target import ROCM as ROCM_GPUS
+from qc.ir.types import ActivationFormat
 from qc.passes.pipeline import Context
 from qc.passes.plan import plan
 from qc.runtime.manifest import CUDA, ROCM, KernelStep
+from tests.backends.triton.cases import Case as Linear
 from tests.backends.triton.kernel_cases import BATCH, CASES, SEQ, value
 from tests.tiny_llama import llama_folder
 
 RULES = (*attention_rules, *append_rules, *convolution_rules, *row_rules, *element_rules)
-FEW = ("quantize in groups", "angles", "embedding", "append rotated", "decode", "prefill",
-       "rotation by a factor, quantized", "convolution, padded")  # fmt: skip
+FEW = ("quantize in groups", "round in groups", "round to e2m1", "angles", "embedding",
+       "append rotated", "decode", "prefill", "rotation by a factor, quantized",
+       "convolution, padded")  # fmt: skip
 """A kernel of each kind."""
 
 
@@ -153,6 +157,40 @@ def test_caches_of_any_float_are_read_as_they_are_stored(
         program = lowering_of(captured.quantize(recipe).graph, "cuda:sm_90").program
         caches = {value.dtype for value in program.values if value.kind == "state"}
         assert caches == {dtype}
+
+
+def linears_and_all(program: Lowered[Launch]) -> tuple[list[str], int]:
+    """Return the launches of linears, and how many launches there are for one token."""
+    names = [
+        step.kernel
+        for step in program.steps
+        if isinstance(step, KernelStep) and all(low == 1 for low, _ in step.when.values())
+    ]
+    return [name for name in names if name.startswith(("linear", "copy"))], len(names)
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", "rocm:gfx942"])
+def test_linears_with_inputs_in_small_groups_are_those_with_plain_ones(
+    tmp_path_factory: pytest.TempPathFactory, target: str
+) -> None:
+    captured = qc.trace(llama_folder(tmp_path_factory.getbasetemp()))
+    (rounded, more), (plain, fewer) = (
+        linears_and_all(lowering_of(captured.quantize(recipe).graph, target).program)
+        for recipe in ("w4", "w4a16")
+    )
+    assert rounded == plain
+    assert more == fewer + 2  # what attention and the gate leave, in the only layer
+
+
+def test_rounded_rows_are_stored_in_float16_whatever_they_are_made_of() -> None:
+    x = value("x", BATCH, SEQ, 64)  # float32
+    weight = Linear("int4·g32", 16, 64).weight("w")
+    codes = make(ops.Quantize(ActivationFormat(8, 32)), x)
+    graph = Graph((x,), (make(ops.Linear(), codes, weight),), ("y",))
+    program = lowering_of(graph, "cuda:sm_90").program
+    steps = [step for step in program.steps if isinstance(step, KernelStep)]
+    first = program.values[steps[0].writes[0]]
+    assert (steps[0].kernel.partition("_")[0], first.dtype) == ("rows", "f16")
 
 
 def test_what_has_no_kernel_is_refused_before_any_work(tmp_path: Path) -> None:
