@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from qc.backends.triton.attention import attention_rules
 from qc.backends.triton.compile import compile_launch, inspect
 from qc.backends.triton.convolution import convolution_rules
 from qc.backends.triton.elements import element_rules
+from qc.backends.triton.golden import golden_checks
 from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Call, Launch
 from qc.backends.triton.lower import GpuLowering
 from qc.backends.triton.rows import row_rules
@@ -30,6 +32,7 @@ from qc.ir.target import ROCM as ROCM_GPUS
 from qc.ir.types import ActivationFormat
 from qc.passes.pipeline import Context
 from qc.passes.plan import plan
+from qc.runtime.cuda.verify import relative_error
 from qc.runtime.manifest import CUDA, ROCM, KernelStep
 from tests.backends.triton.cases import Case as Linear
 from tests.backends.triton.kernel_cases import BATCH, CASES, SEQ, value
@@ -182,15 +185,33 @@ def test_linears_with_inputs_in_small_groups_are_those_with_plain_ones(
     assert more == fewer + 2  # what attention and the gate leave, in the only layer
 
 
+def rounding_linear(format: ActivationFormat) -> Graph:
+    """Return a linear of float32 that is quantized."""
+    x, weight = value("x", BATCH, SEQ, 64), Linear("int4·g32", 16, 64).weight("w")
+    codes = make(ops.Quantize(format), x)
+    return Graph((x,), (make(ops.Linear(), codes, weight),), ("y",))
+
+
 def test_rounded_rows_are_stored_in_float16_whatever_they_are_made_of() -> None:
-    x = value("x", BATCH, SEQ, 64)  # float32
-    weight = Linear("int4·g32", 16, 64).weight("w")
-    codes = make(ops.Quantize(ActivationFormat(8, 32)), x)
-    graph = Graph((x,), (make(ops.Linear(), codes, weight),), ("y",))
-    program = lowering_of(graph, "cuda:sm_90").program
+    program = lowering_of(rounding_linear(ActivationFormat(8, 32)), "cuda:sm_90").program
     steps = [step for step in program.steps if isinstance(step, KernelStep)]
     first = program.values[steps[0].writes[0]]
     assert (steps[0].kernel.partition("_")[0], first.dtype) == ("rows", "f16")
+
+
+@pytest.mark.parametrize(
+    "format",
+    [ActivationFormat(8, 32), ActivationFormat(4), ActivationFormat(4, 16, "e2m1")],
+    ids=str,
+)
+def test_a_row_in_which_one_code_crossed_a_border_is_right(format: ActivationFormat) -> None:
+    golden = golden_checks(lowering_of(rounding_linear(format), "cuda:sm_90"))
+    check = golden.checks[0]
+    expected = golden.arrays[check.expected].astype(np.float64)
+    found = expected.copy()
+    found.flat[np.abs(found).argmax()] *= 1 - format.widest_step
+    assert 0 < relative_error(found, expected) <= check.tolerance
+    assert relative_error(0 * found, expected) > check.tolerance
 
 
 def test_what_has_no_kernel_is_refused_before_any_work(tmp_path: Path) -> None:
