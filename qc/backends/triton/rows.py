@@ -1,6 +1,7 @@
 """Bodies that are local to a row: norms, softmax, rotations, quantization and what is element by
-element around them, over a last axis of known size. Each program holds one row in registers. A
-rotation has a launch of its own, for its blocks are tiles and not rows; so has what is before it.
+element around them, over a last axis of known size. Each program holds one row in registers, or a
+piece of one. A rotation has a launch of its own, for its blocks are tiles and not rows; so has what
+is before it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qc.backends.triton.rendering import ELEMENTWISE, render
 from qc.backends.triton.storage import declare_input, declare_result, is_cache, quantized_arrays
 from qc.ir import ops
 from qc.ir.node import Node
-from qc.ir.types import ActivationFormat, Dim, TensorType, element_count
+from qc.ir.types import ActivationFormat, Dim, TensorType, as_dim, element_count
 
 STATISTICS = (ops.RMSNorm, ops.LayerNorm, ops.Softmax, ops.Reduce)
 ROUNDING = (ops.Quantize, ops.FakeQuantize)
@@ -25,6 +26,8 @@ ROW_OPS = (*ELEMENTWISE, *STATISTICS, *ROUNDING, ops.Hadamard, ops.Input, ops.Sc
 
 LARGEST = 1 << 16
 """Channels of the longest row: 64 a thread, with the 1024 threads of a block."""
+PIECE = 1024
+"""Channels of the largest piece of a row that several programs share: they have four warps."""
 CHANNELS_A_WARP = 256
 """Eight a thread: two loads of 16 bytes from float32, one from float16."""
 
@@ -113,7 +116,7 @@ class Row:
         arrays = [
             self.glue.pointer(ArrayArgument(RESULT, name, shape), dtype)
             for name, (dtype, shape) in quantized_arrays(
-                TensorType((rows, self.size), format=format)
+                TensorType((rows, root.tensor.shape[-1]), format=format)
             ).items()
         ]
         module, how = self.rounding(format, "to")
@@ -183,12 +186,33 @@ def is_local(node: Node, shape: tuple[Dim, ...], root: Node) -> bool:
     return type.shape in (shape, shape[-1:], (*shape[:-1], 1), ())
 
 
+def pieces_of(region: Region, size: int) -> int:
+    """Return among how many programs each row is shared out: several where it is long and nothing
+    looks further than groups of its channels."""
+    shape, piece = region.root.tensor.shape, min(PIECE, size & -size)
+    if len(shape) < 2 or size <= PIECE or piece < CHANNELS_A_WARP:
+        return 1
+    whole = [node for node in region.body.nodes if not isinstance(node.op, ops.Scalar)]
+    if not all(node.tensor.shape == shape and looks_within(node, piece) for node in whole):
+        return 1
+    return size // piece
+
+
+def looks_within(node: Node, piece: int) -> bool:
+    """Say whether a channel depends on those of its piece alone."""
+    if isinstance(node.op, ROUNDING):
+        format = node.op.format
+        return format.kind != "e2m1" and format.group is not None and format.group <= piece
+    return isinstance(node.op, (*ELEMENTWISE, ops.Input))
+
+
 def rows(region: Region) -> Call | None:
     """A body that is local to rows."""
     found = rows_of(region)
     if found is None:
         return None
     count, size = found
+    pieces = pieces_of(region, size)
     repack: dict[tuple[int, str], Repack] = {}
     kept: dict[Node, Scratch] = {}
     launches: list[Launch] = []
@@ -196,9 +220,9 @@ def rows(region: Region) -> Call | None:
         if isinstance(node.op, ops.Hadamard):
             launches += rotation(region, node, found, kept, repack)
     if region.root not in kept:
-        row = row_of(region, region.root, size, kept, repack)
+        row = row_of(region, region.root, size // pieces, kept, repack)
         row.store()
-        launches.append(row.launch(count))
+        launches.append(row.launch(as_dim(count * pieces)))
     return Call(count, (Variant(None, tuple(launches)),), repack)
 
 

@@ -96,6 +96,16 @@ def rotated(channels: int, block: int, order: int, after: Rounding | None, befor
     return case_of(root, values, SIZES)
 
 
+def rounded_pieces(op: Rounding, group: int | None, channels: int) -> Case:
+    """Rows that several programs share, element by element and then rounded."""
+
+    def root(x: Node) -> Node:
+        half = make(ops.Binary("mul"), make(ops.Unary("silu"), x), make(ops.Scalar(0.5)))
+        return make(op(ActivationFormat(8, group)), half)
+
+    return rows(root, 0, channels)
+
+
 def residual_norm() -> Case:
     """Element by element in front of a norm and behind it."""
     x, y, gain = value("x", BATCH, SEQ, 40), value("y", BATCH, SEQ, 40), value("g", 40)
@@ -298,6 +308,9 @@ CASES: dict[str, Callable[[], Case]] = {
         for what, sizes in ROUNDED.items()
     },
     "residual and norm": residual_norm,
+    "quantize long rows": partial(rounded_pieces, ops.Quantize, 32, 1536),
+    "round long rows": partial(rounded_pieces, ops.FakeQuantize, 32, 1536),
+    "round long rows, whole": partial(rounded_pieces, ops.FakeQuantize, None, 1536),
     "rotation": partial(rotated, 64, 64, 1, None, False),
     "rotation of blocks, quantized": partial(rotated, 128, 32, 1, ops.Quantize, True),
     "round a rotation of blocks": partial(rotated, 128, 32, 1, ops.FakeQuantize, True),

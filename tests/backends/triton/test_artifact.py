@@ -200,6 +200,22 @@ def test_rounded_rows_are_stored_in_float16_whatever_they_are_made_of() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "programs"),
+    [
+        ("quantize in groups", 6),
+        ("quantize long rows", 18),  # in three pieces of 512
+        ("round long rows", 18),
+        ("round long rows, whole", 6),
+    ],
+)
+def test_long_rows_are_shared_out_where_groups_are_all_that_is_seen(
+    name: str, programs: int
+) -> None:
+    (launch,) = launches_of(name, "sm_90")
+    assert launch.grid[0].count({"batch": 2, "seq": 3}) == programs
+
+
+@pytest.mark.parametrize(
     "format",
     [ActivationFormat(8, 32), ActivationFormat(4), ActivationFormat(4, 16, "e2m1")],
     ids=str,
