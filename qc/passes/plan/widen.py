@@ -30,21 +30,19 @@ class WidenActivations(Pass):
         gpu = context.target.gpu
         if gpu is None:
             return graph
-        floats: dict[Node, Node] = {}
         replacements: dict[Node, Node] = {}
-        for node in graph.nodes:
-            if not isinstance(node.op, ops.Linear):
-                continue
-            codes, *others = node.inputs
+        for codes in graph.nodes:
             if not isinstance(codes.op, ops.Quantize):
                 continue
             format, channels = codes.op.format, int(codes.tensor.shape[-1])
             if gpu.multiplies(format, channels):
                 continue
-            if codes not in floats:
-                origin = codes.origin.touched_by(self.name)
-                floats[codes] = make(ops.FakeQuantize(format), *codes.inputs, origin=origin)
-            replacements[node] = make(
-                node.op, floats[codes], *others, origin=node.origin.touched_by(self.name)
-            )
+            origin = codes.origin.touched_by(self.name)
+            floats = make(ops.FakeQuantize(format), *codes.inputs, origin=origin)
+            for linear in graph.users[codes]:
+                if isinstance(linear.op, ops.Linear):
+                    origin = linear.origin.touched_by(self.name)
+                    replacements[linear] = make(
+                        linear.op, floats, *linear.inputs[1:], origin=origin
+                    )
         return substitute(graph, replacements)
