@@ -32,7 +32,7 @@ from qc.backends.triton.lower import lower
 from qc.backends.triton.rules import GPU_RULES
 from qc.ir.target import parse_machine
 from qc.passes.pipeline import Context
-from qc.passes.plan.fuse import Fuse
+from qc.passes.plan import plan
 from qc.passes.preview import preview
 from qc.runtime.artifact import Artifact
 from qc.runtime.cuda.executor import TURNS, CudaProgram
@@ -93,7 +93,7 @@ def random_artifact(
     machine = parse_machine(f"cuda:sm_{architecture}")
     quantized = preview(resolve_recipe(recipe, weights), canonical.graph).graph
     assert quantized is not None
-    lowered = lower(Fuse().run(quantized, Context(machine)), machine, GPU_RULES)
+    lowered = lower(plan(machine).run(quantized, Context(machine)), machine, GPU_RULES)
     compiled = compile_side_by_side(lowered.kernels, architecture, workers)
     folder = Path(tempfile.mkdtemp(prefix="qc-decode-"))
     with ArtifactWriter(folder / "model.qc") as writer:

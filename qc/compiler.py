@@ -18,13 +18,14 @@ from qc.ir.target import Target, computing, parse_target
 from qc.ir.weights.weight import WeightFormat
 from qc.passes.calibration import SELF, Calibration, Checkpoint
 from qc.passes.pipeline import Context, Pipeline
+from qc.passes.plan import plan
 from qc.passes.prepare.explicit_cache import CACHES
 from qc.passes.recipes import RECIPES, Recipe
 from qc.progress import progress_bar
 from qc.runtime.artifact import read_manifest
 from qc.runtime.manifest import MANIFEST, TORCH
 from qc.runtime.package import check_place
-from qc.stages import CapturedModel, Progress, caching, plan_graph, resolve_recipe, silent
+from qc.stages import CapturedModel, Progress, caching, resolve_recipe, silent
 
 if TYPE_CHECKING:
     from qc.backends.artifact import ArtifactFacts
@@ -195,7 +196,7 @@ def stored_model(
             f"{folder} holds code for {manifest.target.name} and no graph to build from: build "
             "from the model, or from an artifact of a torch target (qc compile --target torch-w4)"
         )
-    graph = plan_graph(read_graph(folder, manifest), machine, Context(machine, report))
+    graph = plan(machine).run(read_graph(folder, manifest), Context(machine, report))
     generate = manifest.generate
     facts = ArtifactFacts(
         name,

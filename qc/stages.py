@@ -32,7 +32,7 @@ from qc.passes.calibration import Calibration, Coverage
 from qc.passes.calibration.data import Encode
 from qc.passes.lift import LIFT
 from qc.passes.pipeline import Context, Pass, Pipeline, Step, replace_passes
-from qc.passes.plan.fuse import Fuse
+from qc.passes.plan import plan
 from qc.passes.prepare import PREPARE
 from qc.passes.prepare.explicit_cache import CACHES, ExplicitCache
 from qc.passes.prepare.trailing_logits import TrailingLogits
@@ -190,7 +190,7 @@ class QuantizedModel:
     def lower(self, target: str | Target = "cpu", progress: Progress = silent) -> PlannedModel:
         """Group the graph into kernels for a machine, such as "cpu" or "cpu:x86_64-v3"."""
         machine = target if isinstance(target, Target) else parse_machine(target)
-        graph = plan_graph(self.graph, machine, Context(machine, progress, self.log))
+        graph = plan(machine).run(self.graph, Context(machine, progress, self.log))
         return PlannedModel(self, machine, graph)
 
     def __str__(self) -> str:
@@ -281,12 +281,6 @@ class PlannedModel:
 
     def __str__(self) -> str:
         return str(self.graph)
-
-
-def plan_graph(graph: Graph, machine: Target, context: Context) -> Graph:
-    """Group a quantized graph into kernels for a machine."""
-    plan = () if machine.device == "torch" else (Fuse(),)  # the reference runs node by node
-    return Pipeline(plan).run(graph, context)
 
 
 def encoder_of(folder: Path | None) -> Encode | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -328,5 +328,8 @@ def test_a_gpu_gains_nothing_from_inputs_in_small_groups(canonical: CanonicalMod
     said = str(canonical.check("cuda:sm_90", "w4"))
     assert "linears with int8/g32 inputs multiply in floating point" in said
     assert "w4a16 in place of w4" in said
+    rounded, plain = (canonical.check("cuda:sm_90", recipe).rows for recipe in ("w4", "w4a16"))
+    assert {row.activation for row in rounded} == {"int8/g32"}
+    assert [replace(row, activation="float32") for row in rounded] == list(plain)  # as fast
     assert "in floating point" not in str(canonical.check("cuda:sm_90", "w4a16"))
     assert "in floating point" not in str(canonical.check("cpu", "w4"))

@@ -33,7 +33,7 @@ from qc.ir.weights.dense import dense_weight
 from qc.ir.weights.notation import parse_weights
 from qc.ir.weights.weight import WeightFormat
 from qc.passes.pipeline import Context, Pipeline
-from qc.passes.plan.fuse import Fuse
+from qc.passes.plan import plan
 from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.round_to_nearest import RoundToNearest
 from tests.backends.tvm.linear.cases import buffers, build, widened
@@ -107,7 +107,7 @@ class Scheme:
 
 def linear_node(graph: Graph, target: Target) -> Node:
     """Return the fused node of the linear."""
-    planned = Fuse().run(graph, Context(target))
+    planned = plan(target).run(graph, Context(target))
     fused = [node for node in planned.nodes if isinstance(node.op, Fused)]
     return next(n for n in fused if any(isinstance(i.op, ops.Linear) for i in n.op.body.nodes))
 

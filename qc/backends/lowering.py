@@ -377,7 +377,7 @@ def given_once(array: Tensor) -> Callable[[], Tensor]:
 SEQ, KEEP = symbol("seq"), symbol("keep")
 SHAPELESS = (
     ops.Input, ops.Scalar, ops.Linear, ops.Unary, ops.Binary, ops.Where, ops.Cast,
-    ops.GatedActivation, ops.RMSNorm, ops.LayerNorm, ops.Hadamard, ops.Quantize,
+    ops.GatedActivation, ops.RMSNorm, ops.LayerNorm, ops.Hadamard, ops.Quantize, ops.FakeQuantize,
 )  # fmt: skip
 """Ops without a shape among their attributes: a body of these fits any number of rows."""
 

@@ -10,9 +10,9 @@ import torch
 from qc.ir.fused import Fused
 from qc.ir.graph import Graph
 from qc.ir.node import Node
-from qc.ir.ops import Parameter
+from qc.ir.ops import FakeQuantize, Parameter
 from qc.ir.target import Target
-from qc.ir.types import Dim
+from qc.ir.types import ActivationFormat, Dim
 from qc.ir.weights.weight import Weight, WeightFormat
 
 
@@ -63,6 +63,12 @@ class Region:
         """Return how the body input `node` is stored, where it is a parameter."""
         operand = self.operands[self.body.inputs.index(node)]
         return operand.op.weight.format if isinstance(operand.op, Parameter) else None
+
+
+def rounding_of(node: Node) -> ActivationFormat | None:
+    """Return how a fused node rounds the floats that it writes; None where it does not."""
+    op = node.op.body.outputs[0].op if isinstance(node.op, Fused) else node.op
+    return op.format if isinstance(op, FakeQuantize) else None
 
 
 def region_of(node: Node, target: Target) -> Region:

@@ -13,10 +13,10 @@ from qc.checking.roofline import ROWS, flat_from, speedup
 from qc.ir import ops
 from qc.ir.fused import Fused
 from qc.ir.graph import Graph
-from qc.ir.target import GPUS, ROCM, Target
+from qc.ir.target import CODE_PRODUCTS, GPUS, ROCM, Target
 from qc.ir.weights.weight import Weight
 from qc.passes.pipeline import Context, Pipeline, Refusal
-from qc.passes.plan.fuse import Fuse
+from qc.passes.plan import plan
 from qc.passes.preview import preview
 
 
@@ -43,8 +43,7 @@ def expected(canonical: Graph, passes: Pipeline, target: Target) -> Expected:
 
 def planned(graph: Graph, target: Target) -> Expected:
     """Plan a quantized graph and list its linears."""
-    if target.device != "torch":
-        graph = Fuse().run(graph, Context(target))
+    graph = plan(target).run(graph, Context(target))
     return Expected(graph, tuple(linears_of(graph, target)))
 
 
@@ -56,7 +55,7 @@ def require_possible(canonical: Graph, passes: Pipeline, target: Target) -> None
     found = preview(passes, canonical)
     require_none(found.refusals)
     if found.graph is not None and target.device != "torch":
-        require_kernels(Fuse().run(found.graph, Context(target)), target)
+        require_kernels(plan(target).run(found.graph, Context(target)), target)
 
 
 def check_graph(canonical: Graph, passes: Pipeline, target: Target, source: str) -> CheckReport:
@@ -95,12 +94,13 @@ def small_float_notes(linears: Sequence[PlannedLinear], target: Target) -> list[
         return []
     wide = {"f16": "float16", "bf16": "bfloat16"}[target.gpu.dtype]
     notes = []
-    for code, (product, name) in SMALL_FLOATS.items():
+    for code, name in SMALL_FLOATS.items():
         reading = [x for x in linears if x.activation is not None and x.activation.kind == code]
         widened = [x for x in reading if not any(name in rule for rule in x.rules)]
         if widened:
             known = {**GPUS, **ROCM}
-            lacking = [a for a in target.gpu.architectures if product not in known[a].products]
+            product, several = CODE_PRODUCTS[code], target.gpu.architectures
+            lacking = [each for each in several if product not in known[each].products]
             why = f": no products of {code} on {', '.join(lacking)}" if lacking else ""
             count = f"{len(widened)} of {len(reading)} linears"
             notes.append(f"{count} with {code} inputs multiply in {wide}{why}")
@@ -117,12 +117,13 @@ def widened_notes(linears: Sequence[PlannedLinear], target: Target) -> list[str]
         return []
     return [
         f"{len(widened)} of {len(reading)} linears with {widened[0].activation} inputs multiply in "
-        "floating point: inputs that are not quantized (w4a16 in place of w4) are faster here"
+        "floating point: inputs that are not quantized (w4a16 in place of w4) are more exact here, "
+        "and no slower"
     ]
 
 
-SMALL_FLOATS = {"e4m3": ("f8", "fp8"), "e2m1": ("f4", "fp4")}
-"""Codes of activations: the fact of a GPU that multiplies them, and the rule that asks for it."""
+SMALL_FLOATS = {"e4m3": "fp8", "e2m1": "fp4"}
+"""Codes of activations, and the rule that multiplies them."""
 
 
 def folded(linears: Sequence[PlannedLinear], target: Target) -> list[CheckedLinear]:

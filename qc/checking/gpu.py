@@ -7,7 +7,7 @@ from math import prod
 
 from qc.backends.linear_region import match_linear
 from qc.backends.lowering import region_key, single_nodes
-from qc.backends.region import region_of
+from qc.backends.region import region_of, rounding_of
 from qc.backends.triton.kernel import Call
 from qc.backends.triton.linear.affine import affine_term
 from qc.backends.triton.linear.coded import matched, planes_of
@@ -69,12 +69,13 @@ class GpuChooser:
             return
         rules = rules_of(self.call(node))
         operands = dict(zip(node.op.body.inputs, node.inputs, strict=True))
+        activation = linear.activation or rounding_of(operands[linear.x])
         for each, format in zip(linear.linears, linear.formats, strict=True):
             weight = parameter_of(operands[each.inputs[1]])
             measured = self.target.device != "rocm"  # nothing was on AMD's
             work = gpu_work(format, weight.shape, self.call(node)) if measured else None
             baseline = work_of_sixteen_bits(weight.shape)
-            yield PlannedLinear(weight, linear.activation, rules, work, baseline)
+            yield PlannedLinear(weight, activation, rules, work, baseline)
 
 
 def rules_of(call: Call | None) -> tuple[str, ...]:

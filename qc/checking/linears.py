@@ -31,7 +31,8 @@ SIXTEEN_BITS = WeightFormat((DenseFormat(torch.float16),))
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """A linear, its stored weight, the names of the rules, and what a product costs."""
+    """A linear, its stored weight, the names of the rules, and what a product costs. `activation`
+    is what its inputs are rounded to, whether codes are stored or what they stand for."""
 
     weight: Weight
     activation: ActivationFormat | None

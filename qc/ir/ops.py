@@ -714,7 +714,7 @@ class Quantize(Op):
     name: ClassVar[str] = "quantize"
     format: ActivationFormat
 
-    def infer(self, x: TensorType) -> ValueType:
+    def infer(self, x: TensorType) -> TensorType:
         same_float(x)
         if not self.format.takes(x.shape[-1]):
             raise ValueError(f"{shape_text(x.shape)} is no whole number of groups of {self.format}")
@@ -722,6 +722,24 @@ class Quantize(Op):
 
     def meaning(self, x: Tensor, *, sizes: Sizes) -> QuantizedTensor:
         return quantize_activation(x, self.format)
+
+    def attributes(self) -> str:
+        return str(self.format)
+
+
+@dataclass(frozen=True)
+class FakeQuantize(Op):
+    """Round an activation to what codes of `format` stand for, and leave it a float. Jacob et al.
+    2018, section 3."""
+
+    name: ClassVar[str] = "fake_quantize"
+    format: ActivationFormat
+
+    def infer(self, x: TensorType) -> TensorType:
+        return Quantize(self.format).infer(x).cast(torch.float32)
+
+    def meaning(self, x: Tensor, *, sizes: Sizes) -> Tensor:
+        return quantize_activation(x, self.format).dequantize()
 
     def attributes(self) -> str:
         return str(self.format)

@@ -11,8 +11,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qc.errors import TargetError, nearest
+
+if TYPE_CHECKING:
+    from qc.ir.types import ActivationFormat
+
+
+CODE_PRODUCTS = {"int8": "int8", "e4m3": "f8", "e2m1": "f4"}
+"""Codes of activations, and the fact of a GPU that multiplies them as they are."""
+LEAST_GROUP = 128
+"""Channels that share a scale, from which on codes of 8 bits are multiplied as they are: sums of
+fewer would be widened and scaled more often than matrix units gain. docs/decisions/015."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,12 @@ class Gpu:
     operations: float
     dtype: str = "f16"
     """What values between kernels are: "f16" or "bf16"; sums are float32 in either case."""
+
+    def multiplies(self, format: ActivationFormat, channels: int) -> bool:
+        """Say whether codes of activations may be multiplied as they are; others are widened to
+        `dtype`."""
+        wide = format.code == "e2m1" or (format.group or channels) >= min(LEAST_GROUP, channels)
+        return wide and CODE_PRODUCTS.get(format.code) in self.products
 
     def also(self, other: Gpu) -> Gpu:
         """Return what holds on both."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qc.ir.graph import Graph
 from qc.ir.node import Node
-from qc.ir.ops import Parameter, Quantize, Scalar
+from qc.ir.ops import FakeQuantize, Parameter, Quantize, Scalar
 
 
 def operand_text(node: Node, names: Mapping[Node, str]) -> str:
@@ -37,8 +37,8 @@ def node_text(node: Node, names: Mapping[Node, str]) -> str:
         right = f"{list(weight.shape)} {weight.bits_per_element:.2f} bits"
         return annotate(f"{left:<44} : {right}", weight.name)
     attributes = node.op.attributes()
-    if isinstance(node.op, Quantize):
-        call = f"quantize({operands}) {attributes}"
+    if isinstance(node.op, Quantize | FakeQuantize):
+        call = f"{node.op.name}({operands}) {attributes}"
     elif str(node.op) != node.op.name and "(" not in str(node.op):
         call = f"{node.op}({operands})"
     else:

@@ -166,7 +166,7 @@ def identifier(label: str) -> str:
 
 def attributes_of(op: Op) -> list[tuple[str, Any]]:
     """Return the fields of an op by name; FX knows no dataclasses, so formats are spread."""
-    if isinstance(op, ops.Quantize):
+    if isinstance(op, ops.Quantize | ops.FakeQuantize):
         return [(each.name, getattr(op.format, each.name)) for each in fields(op.format)]
     return [(each.name, getattr(op, each.name)) for each in fields(op)]
 
@@ -176,11 +176,18 @@ def quantize(x: Tensor, *, bits: int, group: int | None, kind: str) -> Quantized
     return quantize_activation(x, ActivationFormat(bits, group, kind))
 
 
+def fake_quantize(x: Tensor, *, bits: int, group: int | None, kind: str) -> Tensor:
+    """Compute what `FakeQuantize` means."""
+    return quantize(x, bits=bits, group=group, kind=kind).dequantize()
+
+
 @cache
 def function_of(cls: Any) -> Callable[..., Any]:
     """Return a function that computes what an op means, under the op's name."""
     if cls is ops.Quantize:
         return quantize
+    if cls is ops.FakeQuantize:
+        return fake_quantize
 
     def compute(*values: Any, **attributes: Any) -> Any:
         return cls(**attributes).meaning(*values, sizes={})

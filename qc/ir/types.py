@@ -111,6 +111,11 @@ class ActivationFormat:
         return float(2 ** (self.bits - 1) - 1) if known is None else known
 
     @property
+    def widest_step(self) -> float:
+        """The distance of the two largest values, in units of the largest."""
+        return {"e4m3": 1 / 14, "e2m1": 1 / 3}.get(self.kind, 1 / self.limit)
+
+    @property
     def code(self) -> str:
         """The name of the codes: int8, e4m3, e2m1."""
         return f"int{self.bits}" if self.kind == "int" else self.kind

@@ -92,6 +92,14 @@ BINARY = {
     "and": torch.logical_and, "or": torch.logical_or,
 }  # fmt: skip
 
+
+def in_steps(x: Tensor, group: int, limit: int) -> Tensor:
+    """Round to multiples of 1 / limit of the largest value of each group."""
+    groups = x.unflatten(-1, (-1, group))
+    step = groups.abs().amax(-1, keepdim=True) / limit
+    return ((groups / step).round() * step).flatten(-2)
+
+
 CASES = [
     *(Case(ops.Unary(kind), (POSITIVE,), UNARY.get(kind) or getattr(torch, kind))
       for kind in ops.UNARY),
@@ -158,6 +166,10 @@ CASES = [
          softcapped),
     Case(ops.Attention(0.5), (Q, K, V, MASK), lambda *t: attend(0.5, *t[:3], attn_mask=t[3])),
     Case(ops.Attention(0.5), (Q, K, V, ADDED), lambda *t: attend(0.5, *t[:3], attn_mask=t[3])),
+    Case(ops.FakeQuantize(ActivationFormat(8, 4)), (X,), lambda x: in_steps(x, 4, 127)),
+    Case(ops.FakeQuantize(ActivationFormat(4)), (X,), lambda x: in_steps(x, 8, 7)),
+    Case(ops.FakeQuantize(ActivationFormat(8, 4)), (X.half(),),
+         lambda x: in_steps(x.float(), 4, 127)),
     Case(ops.Torch("aten.roll.default", (ops.Operand(0), (1,), (2,)), (), TensorType((2, 3, 8))),
          (X,), lambda x: x.roll((1,), (2,))),
     Case(ops.Torch("aten.full.default", ((SEQ, 2), 1.5), (), TensorType((SEQ, 2))), (),
@@ -230,6 +242,20 @@ def test_activations_of_four_bits_are_floats_with_scales_of_their_own() -> None:
 def test_groups_of_four_bits_are_whole() -> None:
     with pytest.raises(ValueError, match="whole number of groups"):
         make(ops.Quantize(E2M1), placed(torch.zeros(2, 24)))
+    with pytest.raises(ValueError, match="whole number of groups"):
+        make(ops.FakeQuantize(E2M1), placed(torch.zeros(2, 24)))
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(8, "int"), (4, "int"), (8, "e4m3"), (4, "e2m1")], ids=str
+)
+def test_the_widest_step_is_that_between_the_largest_codes(bits: int, kind: str) -> None:
+    format = ActivationFormat(bits, None, kind)
+    values = ops.FakeQuantize(format).meaning(torch.linspace(0, 1, 4096)[None], sizes={}).unique()
+    assert float(values[-1]) == pytest.approx(1.0)
+    steps = values.diff()
+    assert float(steps[-1]) == pytest.approx(format.widest_step, rel=1e-4)
+    assert float(steps.max()) == pytest.approx(format.widest_step, rel=1e-4)
 
 
 @pytest.mark.parametrize("format", [ActivationFormat(8, 4), ActivationFormat(4, 4, "e2m1")])

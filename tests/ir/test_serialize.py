@@ -19,12 +19,13 @@ from qc.ir.meaning import evaluate
 from qc.ir.node import Origin, make
 from qc.ir.plain import read_value, write_value
 from qc.ir.serialize import graph_from_json, graph_to_json
-from qc.ir.target import Target
+from qc.ir.target import parse_machine
 from qc.ir.types import ActivationFormat, TensorType, TupleType, symbol
 from qc.ir.weights.dense import dense_term
 from qc.ir.weights.grouped import GroupedFormat
 from qc.ir.weights.weight import Weight
 from qc.passes.pipeline import Context, Pipeline
+from qc.passes.plan import plan
 from qc.passes.plan.fuse import Fuse
 from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.round_to_nearest import RoundToNearest
@@ -42,11 +43,13 @@ PASSES: dict[str, tuple[object, ...]] = {
         QuantizeActivations(ActivationFormat(8, 32)),
     ),
 }
+GPU = parse_machine("cuda:sm_90")
 PASSES["planned"] = (*PASSES["w4"], Fuse())
+PASSES["planned for a GPU"] = (*PASSES["w4"], *plan(GPU).passes)
 
 
 def run(before: Graph, *passes: object) -> Graph:
-    return Pipeline(passes).run(before, Context(Target("any", "any")))  # type: ignore[arg-type]
+    return Pipeline(passes).run(before, Context(GPU))  # type: ignore[arg-type]
 
 
 def through_text(content: Any) -> Any:

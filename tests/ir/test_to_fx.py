@@ -8,11 +8,12 @@ from qc.ir import ops
 from qc.ir.graph import Graph
 from qc.ir.meaning import evaluate
 from qc.ir.node import make
-from qc.ir.target import Target
+from qc.ir.target import parse_machine
 from qc.ir.types import ActivationFormat, TensorType, TupleType, symbol
 from qc.ir.weights.grouped import GroupedFormat
 from qc.passes.lift import LIFT
 from qc.passes.pipeline import Context, Pipeline
+from qc.passes.plan import plan
 from qc.passes.plan.fuse import Fuse
 from qc.passes.prepare import PREPARE
 from qc.passes.quantize.activations import QuantizeActivations
@@ -24,11 +25,16 @@ from tests.passes.lift.drawing import BATCH, SEQ, graph, value
 QUANTIZE = (RoundToNearest(GroupedFormat(4, 32)), QuantizeActivations(ActivationFormat(8, 32)))
 
 
+GPU = parse_machine("cuda:sm_90")
+
+
 def run(before: Graph, *passes: object) -> Graph:
-    return Pipeline(passes).run(before, Context(Target("any", "any")))  # type: ignore[arg-type]
+    return Pipeline(passes).run(before, Context(GPU))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("passes", [(), QUANTIZE, (*QUANTIZE, Fuse())], ids=len)
+@pytest.mark.parametrize(
+    "passes", [(), QUANTIZE, (*QUANTIZE, Fuse()), (*QUANTIZE, *plan(GPU).passes)], ids=len
+)
 def test_the_module_computes_what_the_graph_means(passes: tuple[object, ...]) -> None:
     toy = run(block_graph(), *passes)
     module, inputs = toy.to_fx(), some_ids()

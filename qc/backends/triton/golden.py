@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qc.backends.region import rounding_of
 from qc.backends.stored import as_numpy
 from qc.backends.triton.lower import Conversion, GpuLowering, PlacedCall, torch_dtype
 from qc.backends.triton.storage import half_dtype, is_cache
@@ -32,7 +33,8 @@ worth."""
 FLOAT_TOLERANCE, BRAIN_TOLERANCE = 4e-3, 2e-2
 """Twice what the error of a linear may be: results are rounded to float16, or to bfloat16."""
 CODE_TOLERANCE = 2e-2
-"""A code that falls on the other side of a border is off by one, of at most 127."""
+"""A code that falls on the other side of a border is off by one, of at most 127. Where rows are
+rounded and stored as floats, one code of any format may do so."""
 
 
 @dataclass
@@ -257,6 +259,9 @@ class GoldenWriter:
         target = self.lowering.program.target
         brain = half_dtype(target) == torch.bfloat16
         tolerance = BRAIN_TOLERANCE if brain else FLOAT_TOLERANCE
+        if (format := rounding_of(node)) is not None:
+            step = format.widest_step * float(result.abs().max())
+            tolerance = CODE_TOLERANCE + step / max(float(result.norm()), 1e-30)
         yield index, result.to(stored), tolerance if stored.is_floating_point else 0.0
 
 

@@ -1,6 +1,7 @@
 """Bodies that are local to a row: norms, softmax, rotations, quantization and what is element by
-element around them, over a last axis of known size. Each program holds one row in registers. A
-rotation has a launch of its own, for its blocks are tiles and not rows; so has what is before it.
+element around them, over a last axis of known size. Each program holds one row in registers, or a
+piece of one. A rotation has a launch of its own, for its blocks are tiles and not rows; so has what
+is before it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from qc.backends.triton.rendering import ELEMENTWISE, render
 from qc.backends.triton.storage import declare_input, declare_result, is_cache, quantized_arrays
 from qc.ir import ops
 from qc.ir.node import Node
-from qc.ir.types import Dim, TensorType, element_count
+from qc.ir.types import ActivationFormat, Dim, TensorType, as_dim, element_count
 
 STATISTICS = (ops.RMSNorm, ops.LayerNorm, ops.Softmax, ops.Reduce)
-ROW_OPS = (*ELEMENTWISE, *STATISTICS, ops.Quantize, ops.Hadamard, ops.Input, ops.Scalar)
+ROUNDING = (ops.Quantize, ops.FakeQuantize)
+ROW_OPS = (*ELEMENTWISE, *STATISTICS, *ROUNDING, ops.Hadamard, ops.Input, ops.Scalar)
 
 LARGEST = 1 << 16
 """Channels of the longest row: 64 a thread, with the 1024 threads of a block."""
+PIECE = 1024
+"""Channels of the largest piece of a row that several programs share: they have four warps."""
 CHANNELS_A_WARP = 256
 """Eight a thread: two loads of 16 bytes from float32, one from float16."""
 
@@ -81,6 +85,9 @@ class Row:
                 return self.glue.call("single_row.softmax", *operands, *where)
             case ops.Reduce(kind):
                 return self.glue.call(f"single_row.{kind}", *operands, *where)
+            case ops.FakeQuantize(format):
+                module, how = self.rounding(format, "rounded")
+                return self.glue.call(f"{module}.fake_quantize", *operands, *where, *how)
         raise TypeError(f"{node.op} looks at no row")
 
     def store_scratch(self, node: Node, target: Scratch) -> None:
@@ -109,19 +116,23 @@ class Row:
         arrays = [
             self.glue.pointer(ArrayArgument(RESULT, name, shape), dtype)
             for name, (dtype, shape) in quantized_arrays(
-                TensorType((rows, self.size), format=format)
+                TensorType((rows, root.tensor.shape[-1]), format=format)
             ).items()
         ]
+        module, how = self.rounding(format, "to")
+        where = (value, self.number, self.channel, self.size)
+        self.glue.do(f"{module}.quantize", *arrays, *where, *how)
+
+    def rounding(self, format: ActivationFormat, to: str) -> tuple[str, tuple[object, ...]]:
+        """Return the module that rounds to codes of a format, and how it is told which; `to` is
+        what the names of functions begin with that round in units of scales."""
         block = power_of_two(self.size)
-        group = min(format.group or block, block)
-        where = (value, self.number, self.channel, self.size, block, group)
+        groups = block, min(format.group or block, block)
         if format.kind == "e2m1":
-            self.glue.do("fp4.quantize", *arrays, *where)
-            return
+            return "fp4", groups
         # Codes of fewer bits than 8 are bytes, too; their limit is given.
         code = "e4m3" if format.kind == "e4m3" else "int8"
-        encode = self.glue.named(f"codes.to_{code}")
-        self.glue.do("single_row.quantize", *arrays, *where, format.limit, encode)
+        return "single_row", (*groups, format.limit, self.glue.named(f"codes.{to}_{code}"))
 
     def launch(self, count: Dim) -> Launch:
         """Close the kernel: a program a row."""
@@ -138,7 +149,7 @@ def rows_of(region: Region) -> tuple[Dim, int] | None:
     shape = whole.tensor.shape
     if not shape or not isinstance(shape[-1], int) or not 1 <= shape[-1] <= LARGEST:
         return None
-    whole_row = (*STATISTICS, ops.Quantize, ops.Hadamard)
+    whole_row = (*STATISTICS, *ROUNDING, ops.Hadamard)
     if not any(isinstance(n.op, whole_row) for n in region.body.nodes):
         return None
     if any(is_cache(operand) or operand.tensor.format for operand in region.operands):
@@ -156,9 +167,10 @@ def is_local(node: Node, shape: tuple[Dim, ...], root: Node) -> bool:
     type, op = node.tensor, node.op
     if not isinstance(op, ROW_OPS):
         return False
-    if isinstance(op, ops.Quantize):
+    if isinstance(op, ROUNDING):
         group = op.format.group
-        return node is root and (group is None or group == power_of_two(group))
+        where = node is root if isinstance(op, ops.Quantize) else type.shape == shape
+        return where and (group is None or group == power_of_two(group))
     if not type.is_float and type.shape == shape:
         return False
     last = len(shape) - 1
@@ -174,12 +186,33 @@ def is_local(node: Node, shape: tuple[Dim, ...], root: Node) -> bool:
     return type.shape in (shape, shape[-1:], (*shape[:-1], 1), ())
 
 
+def pieces_of(region: Region, size: int) -> int:
+    """Return among how many programs each row is shared out: several where it is long and nothing
+    looks further than groups of its channels."""
+    shape, piece = region.root.tensor.shape, min(PIECE, size & -size)
+    if len(shape) < 2 or size <= PIECE or piece < CHANNELS_A_WARP:
+        return 1
+    whole = [node for node in region.body.nodes if not isinstance(node.op, ops.Scalar)]
+    if not all(node.tensor.shape == shape and looks_within(node, piece) for node in whole):
+        return 1
+    return size // piece
+
+
+def looks_within(node: Node, piece: int) -> bool:
+    """Say whether a channel depends on those of its piece alone."""
+    if isinstance(node.op, ROUNDING):
+        format = node.op.format
+        return format.kind != "e2m1" and format.group is not None and format.group <= piece
+    return isinstance(node.op, (*ELEMENTWISE, ops.Input))
+
+
 def rows(region: Region) -> Call | None:
     """A body that is local to rows."""
     found = rows_of(region)
     if found is None:
         return None
     count, size = found
+    pieces = pieces_of(region, size)
     repack: dict[tuple[int, str], Repack] = {}
     kept: dict[Node, Scratch] = {}
     launches: list[Launch] = []
@@ -187,9 +220,9 @@ def rows(region: Region) -> Call | None:
         if isinstance(node.op, ops.Hadamard):
             launches += rotation(region, node, found, kept, repack)
     if region.root not in kept:
-        row = row_of(region, region.root, size, kept, repack)
+        row = row_of(region, region.root, size // pieces, kept, repack)
         row.store()
-        launches.append(row.launch(count))
+        launches.append(row.launch(as_dim(count * pieces)))
     return Call(count, (Variant(None, tuple(launches)),), repack)
 
 

@@ -15,7 +15,7 @@ from qc.ir.target import Target
 from qc.ir.types import DTYPES_BY_NAME, ActivationFormat, Dim, TensorType, element_count
 from qc.ir.weights.weight import Weight
 
-PRODUCTS = (ops.Linear, ops.Embedding, ops.Conv2d, ops.Attention)
+PRODUCTS = (ops.Linear, ops.Embedding, ops.Conv2d, ops.Attention, ops.FakeQuantize)
 """Values that descend from these are activations."""
 
 known: WeakKeyDictionary[Node, bool] = WeakKeyDictionary()

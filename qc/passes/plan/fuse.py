@@ -26,7 +26,7 @@ from qc.passes.pipeline import Context, Pass
 from qc.passes.stage import QUANTIZED, Stage, types_are_inferred
 
 ELEMENTWISE = (ops.Unary, ops.Binary, ops.Where, ops.Cast, ops.GatedActivation)
-WHOLE_ROW = (ops.RMSNorm, ops.LayerNorm, ops.Hadamard, ops.Quantize)
+WHOLE_ROW = (ops.RMSNorm, ops.LayerNorm, ops.Hadamard, ops.Quantize, ops.FakeQuantize)
 ROW_LOCAL = (*ELEMENTWISE, *WHOLE_ROW)
 INDEXING = (
     ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Concat,

@@ -14,7 +14,7 @@ from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim
 
 ELEMENTWISE = (ops.Unary, ops.Binary, ops.Where, ops.Cast, ops.GatedActivation)
-ALONG_LAST_AXIS = (ops.RMSNorm, ops.LayerNorm, ops.Linear, ops.Quantize)
+ALONG_LAST_AXIS = (ops.RMSNorm, ops.LayerNorm, ops.Linear, ops.Quantize, ops.FakeQuantize)
 ALONG_ONE_AXIS = (ops.Softmax, ops.CumSum, ops.Concat)
 
 

@@ -65,18 +65,23 @@ def rows(make_root: Callable[..., Node], vectors: int = 1, channels: int = 56) -
     return case_of(make_root(x, *others), values, SIZES)
 
 
-def quantized_norm(group: int | None, channels: int, kind: str = "int", bits: int = 8) -> Case:
-    """A norm that ends in codes."""
+Rounding = type[ops.Quantize] | type[ops.FakeQuantize]
+
+
+def rounded_norm(
+    op: Rounding, group: int | None, channels: int, kind: str = "int", bits: int = 8
+) -> Case:
+    """A norm that ends in codes, or in what they stand for."""
 
     def root(x: Node, gain: Node) -> Node:
         norm = make(ops.RMSNorm(1e-5), x, gain)
-        return make(ops.Quantize(ActivationFormat(bits, group, kind)), norm)
+        return make(op(ActivationFormat(bits, group, kind)), norm)
 
     return rows(root, channels=channels)
 
 
-def rotated(channels: int, block: int, order: int, after: bool, before: bool) -> Case:
-    """A rotation, perhaps behind a norm, perhaps in front of codes."""
+def rotated(channels: int, block: int, order: int, after: Rounding | None, before: bool) -> Case:
+    """A rotation, perhaps behind a norm, perhaps rounded."""
     x, gain, factor = (
         value("x", BATCH, SEQ, channels),
         value("g", channels),
@@ -84,11 +89,21 @@ def rotated(channels: int, block: int, order: int, after: bool, before: bool) ->
     )
     source = make(ops.RMSNorm(1e-5), x, gain) if before else x
     root = make(ops.Hadamard(block), source, factor)
-    if after:
-        root = make(ops.Quantize(ActivationFormat(8, 32)), root)
+    if after is not None:
+        root = make(after(ActivationFormat(8, 32)), root)
     mixing = torch.linalg.qr(torch.randn(order, order)).Q
     values = {x: torch.randn(2, 3, channels), gain: torch.rand(channels) + 0.5, factor: mixing}
     return case_of(root, values, SIZES)
+
+
+def rounded_pieces(op: Rounding, group: int | None, channels: int) -> Case:
+    """Rows that several programs share, element by element and then rounded."""
+
+    def root(x: Node) -> Node:
+        half = make(ops.Binary("mul"), make(ops.Unary("silu"), x), make(ops.Scalar(0.5)))
+        return make(op(ActivationFormat(8, group)), half)
+
+    return rows(root, 0, channels)
 
 
 def residual_norm() -> Case:
@@ -268,8 +283,14 @@ def convolved(
     return case_of(make(op, x, weight, *more), values, SIZES)
 
 
-HALF_KINDS = ("decode", "prefill", "few", "mask", "embedding", "append", "convolution")
+HALF_KINDS = ("decode", "prefill", "few", "mask", "embedding", "append", "convolution", "round ")
 """What the names of cases begin with whose results are stored in half precision."""
+
+ROUNDED: dict[str, tuple[Any, ...]] = {
+    "in groups": (32, 56), "a token": (None, 33), "to 4 bits": (16, 56, "int", 4),
+    "to e4m3": (None, 56, "e4m3"), "to e2m1": (16, 80, "e2m1", 4),
+}  # fmt: skip
+"""Groups, channels, kinds and bits of activations that are rounded."""
 
 CASES: dict[str, Callable[[], Case]] = {
     "rms_norm": partial(rows, lambda x, g: make(ops.RMSNorm(1e-5), x, g)),
@@ -281,13 +302,20 @@ CASES: dict[str, Callable[[], Case]] = {
         )
         for kind in ops.REDUCTIONS
     },
-    "quantize in groups": partial(quantized_norm, 32, 56),
-    "quantize a token": partial(quantized_norm, None, 33),
+    **{
+        f"{name} {what}": partial(rounded_norm, op, *sizes)
+        for name, op in (("quantize", ops.Quantize), ("round", ops.FakeQuantize))
+        for what, sizes in ROUNDED.items()
+    },
     "residual and norm": residual_norm,
-    "rotation": partial(rotated, 64, 64, 1, False, False),
-    "rotation of blocks, quantized": partial(rotated, 128, 32, 1, True, True),
-    "rotation by a factor": partial(rotated, 96, 48, 12, False, True),
-    "rotation by a factor, quantized": partial(rotated, 72, 36, 36, True, False),
+    "quantize long rows": partial(rounded_pieces, ops.Quantize, 32, 1536),
+    "round long rows": partial(rounded_pieces, ops.FakeQuantize, 32, 1536),
+    "round long rows, whole": partial(rounded_pieces, ops.FakeQuantize, None, 1536),
+    "rotation": partial(rotated, 64, 64, 1, None, False),
+    "rotation of blocks, quantized": partial(rotated, 128, 32, 1, ops.Quantize, True),
+    "round a rotation of blocks": partial(rotated, 128, 32, 1, ops.FakeQuantize, True),
+    "rotation by a factor": partial(rotated, 96, 48, 12, None, True),
+    "rotation by a factor, quantized": partial(rotated, 72, 36, 36, ops.Quantize, False),
     "angles": angles,
     "embedding": embedding,
     "trailing positions": trailing,
@@ -305,9 +333,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "decode e4m3": partial(attention, 2, 70, causal=True, code="e4m3"),
     "prefill int8": partial(attention, 70, 9, causal=True, code="int8"),
     "prefill e4m3": partial(attention, 70, 9, causal=True, code="e4m3"),
-    "quantize to 4 bits": partial(quantized_norm, 16, 56, bits=4),
-    "quantize to e4m3": partial(quantized_norm, None, 56, "e4m3"),
-    "quantize to e2m1": partial(quantized_norm, 16, 80, "e2m1", 4),
     "rope": rope,
     "convolution, patches": partial(
         convolved, ops.Conv2d((2, 2)), (4, 16, 16), (70, 4, 2, 2), True

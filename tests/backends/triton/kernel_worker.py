@@ -2,8 +2,8 @@
 
 A process of its own, because Triton decides whether it interprets when it is imported, for all of
 its life; other tests of the same run compile. `python -m tests.backends.triton.kernel_worker` with
-`sampler`, `kernels [DTYPE]`, `model RECIPE FOLDER [CACHE [DTYPE [MACHINE]]]`, `calibrated RECIPE
-FOLDER SIZES`, SIZES being JSON, or `diffusion RECIPE`.
+`sampler`, `rounding`, `kernels [DTYPE]`, `model RECIPE FOLDER [CACHE [DTYPE [MACHINE]]]`,
+`calibrated RECIPE FOLDER SIZES`, SIZES being JSON, or `diffusion RECIPE`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from qc.runtime.cuda.sampling import BLOCK
 from qc.runtime.manifest import Code
 from qc.stages import QuantizedModel, caching, resolve_recipe
 from tests.backends.triton.interpreted_program import InterpretedProgram, check_golden
-from tests.backends.triton.kernel_cases import CASES, HALVES, Case
+from tests.backends.triton.kernel_cases import CASES, HALVES, ROUNDED, Case
 from tests.backends.triton.sampled import SAMPLED, Sampled
 from tests.tiny_llama import TEXT
 
@@ -88,6 +88,30 @@ def kernels(dtype: str = "f16") -> dict[str, float]:
         if dtype == "f16" or name in HALVES:
             torch.manual_seed(0)
             errors[name] = kernel_error(make_case(), dtype)
+    return errors
+
+
+def rounding() -> dict[str, float]:
+    """Return the largest difference of rows that are rounded where they are made and of codes that
+    are widened to float16 when they are read; both come from the same floats."""
+    errors = {}
+    for name in ROUNDED:
+        torch.manual_seed(0)
+        codes, floats = CASES[f"quantize {name}"](), CASES[f"round {name}"]()
+        format = codes.node.tensor.format
+        assert format is not None
+        shape = codes.operands[0].shape
+        arrays, found = (
+            interpreted.run(
+                each.node, interpreted.call_of(each.node, RULES), codes.operands, each.sizes,
+                each.rows,
+            )
+            for each in (codes, floats)
+        )  # fmt: skip
+        stored = {array: value.reshape(*shape[:-1], -1) for array, value in arrays.items()}
+        wanted = QuantizedTensor(format=format, **stored).dequantize().half()
+        errors[name] = float((found.reshape(shape).float() - wanted.float()).abs().max())
+        assert found.dtype == torch.float16
     return errors
 
 
@@ -199,7 +223,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     install()
     runs: dict[str, Callable[..., dict[str, float]]] = {
         "kernels": kernels, "model": model, "calibrated": calibrated, "diffusion": diffusion,
-        "sampler": sampler,
+        "sampler": sampler, "rounding": rounding,
     }  # fmt: skip
     return runs[arguments[0]](*arguments[1:])
 

@@ -6,15 +6,18 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import qc
+from qc.backends.lowering import Lowered
 from qc.backends.triton.append import append_rules
 from qc.backends.triton.attention import attention_rules
 from qc.backends.triton.compile import compile_launch, inspect
 from qc.backends.triton.convolution import convolution_rules
 from qc.backends.triton.elements import element_rules
+from qc.backends.triton.golden import golden_checks
 from qc.backends.triton.kernel import HIDDEN_PARAMETERS, Call, Launch
 from qc.backends.triton.lower import GpuLowering
 from qc.backends.triton.rows import row_rules
@@ -26,15 +29,19 @@ from qc.ir.graph import Graph
 from qc.ir.node import make
 from qc.ir.target import GPUS, parse_machine
 from qc.ir.target import ROCM as ROCM_GPUS
+from qc.ir.types import ActivationFormat
 from qc.passes.pipeline import Context
-from qc.passes.plan.fuse import Fuse
+from qc.passes.plan import plan
+from qc.runtime.cuda.verify import relative_error
 from qc.runtime.manifest import CUDA, ROCM, KernelStep
+from tests.backends.triton.cases import Case as Linear
 from tests.backends.triton.kernel_cases import BATCH, CASES, SEQ, value
 from tests.tiny_llama import llama_folder
 
 RULES = (*attention_rules, *append_rules, *convolution_rules, *row_rules, *element_rules)
-FEW = ("quantize in groups", "angles", "embedding", "append rotated", "decode", "prefill",
-       "rotation by a factor, quantized", "convolution, padded")  # fmt: skip
+FEW = ("quantize in groups", "round in groups", "round to e2m1", "angles", "embedding",
+       "append rotated", "decode", "prefill", "rotation by a factor, quantized",
+       "convolution, padded")  # fmt: skip
 """A kernel of each kind."""
 
 
@@ -116,7 +123,7 @@ def test_an_artifact_is_complete(target: str, tmp_path: Path) -> None:
 def lowering_of(graph: Graph, target: str) -> GpuLowering:
     """Plan and lower a graph."""
     machine = parse_machine(target)
-    planned = Fuse().run(graph, Context(machine))
+    planned = plan(machine).run(graph, Context(machine))
     lowering = GpuLowering(planned, machine, GPU_RULES)
     lowering.run()
     return lowering
@@ -153,6 +160,74 @@ def test_caches_of_any_float_are_read_as_they_are_stored(
         program = lowering_of(captured.quantize(recipe).graph, "cuda:sm_90").program
         caches = {value.dtype for value in program.values if value.kind == "state"}
         assert caches == {dtype}
+
+
+def linears_and_all(program: Lowered[Launch]) -> tuple[list[str], int]:
+    """Return the launches of linears, and how many launches there are for one token."""
+    names = [
+        step.kernel
+        for step in program.steps
+        if isinstance(step, KernelStep) and all(low == 1 for low, _ in step.when.values())
+    ]
+    return [name for name in names if name.startswith(("linear", "copy"))], len(names)
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", "rocm:gfx942"])
+def test_linears_with_inputs_in_small_groups_are_those_with_plain_ones(
+    tmp_path_factory: pytest.TempPathFactory, target: str
+) -> None:
+    captured = qc.trace(llama_folder(tmp_path_factory.getbasetemp()))
+    (rounded, more), (plain, fewer) = (
+        linears_and_all(lowering_of(captured.quantize(recipe).graph, target).program)
+        for recipe in ("w4", "w4a16")
+    )
+    assert rounded == plain
+    assert more == fewer + 2  # what attention and the gate leave, in the only layer
+
+
+def rounding_linear(format: ActivationFormat) -> Graph:
+    """Return a linear of float32 that is quantized."""
+    x, weight = value("x", BATCH, SEQ, 64), Linear("int4·g32", 16, 64).weight("w")
+    codes = make(ops.Quantize(format), x)
+    return Graph((x,), (make(ops.Linear(), codes, weight),), ("y",))
+
+
+def test_rounded_rows_are_stored_in_float16_whatever_they_are_made_of() -> None:
+    program = lowering_of(rounding_linear(ActivationFormat(8, 32)), "cuda:sm_90").program
+    steps = [step for step in program.steps if isinstance(step, KernelStep)]
+    first = program.values[steps[0].writes[0]]
+    assert (steps[0].kernel.partition("_")[0], first.dtype) == ("rows", "f16")
+
+
+@pytest.mark.parametrize(
+    ("name", "programs"),
+    [
+        ("quantize in groups", 6),
+        ("quantize long rows", 18),  # in three pieces of 512
+        ("round long rows", 18),
+        ("round long rows, whole", 6),
+    ],
+)
+def test_long_rows_are_shared_out_where_groups_are_all_that_is_seen(
+    name: str, programs: int
+) -> None:
+    (launch,) = launches_of(name, "sm_90")
+    assert launch.grid[0].count({"batch": 2, "seq": 3}) == programs
+
+
+@pytest.mark.parametrize(
+    "format",
+    [ActivationFormat(8, 32), ActivationFormat(4), ActivationFormat(4, 16, "e2m1")],
+    ids=str,
+)
+def test_a_row_in_which_one_code_crossed_a_border_is_right(format: ActivationFormat) -> None:
+    golden = golden_checks(lowering_of(rounding_linear(format), "cuda:sm_90"))
+    check = golden.checks[0]
+    expected = golden.arrays[check.expected].astype(np.float64)
+    found = expected.copy()
+    found.flat[np.abs(found).argmax()] *= 1 - format.widest_step
+    assert 0 < relative_error(found, expected) <= check.tolerance
+    assert relative_error(0 * found, expected) > check.tolerance
 
 
 def test_what_has_no_kernel_is_refused_before_any_work(tmp_path: Path) -> None:

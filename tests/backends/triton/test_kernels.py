@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends.triton.kernel_cases import CASES, HALVES
+from tests.backends.triton.kernel_cases import CASES, HALVES, ROUNDED
 from tests.tiny_llama import llama_folder
 
 EXACT = 2e-6
@@ -48,6 +48,12 @@ def test_a_kernel_computes_what_its_body_means(errors: dict[str, float], name: s
 def test_kernels_compute_what_their_bodies_mean_in_bfloat16() -> None:
     errors = interpret("kernels", "bf16")
     assert {name: error for name, error in errors.items() if not error <= 8 * HALVES_EXACT} == {}
+
+
+def test_rows_that_are_rounded_are_the_bits_of_codes_that_are_widened() -> None:
+    errors = interpret("rounding")
+    assert errors.keys() == ROUNDED.keys()
+    assert not any(errors.values())
 
 
 def check_model(folder: Path, recipe: str, bound: float, *cache_and_dtype: str) -> None:

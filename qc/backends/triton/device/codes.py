@@ -7,9 +7,21 @@ from qc.backends.triton.device.constants import ROUND
 
 
 @triton.jit
+def rounded_int8(x):
+    """Round to whole numbers, ties to even."""
+    return (x + ROUND) - ROUND
+
+
+@triton.jit
 def to_int8(x):
     """Round to int8, ties to even."""
-    return ((x + ROUND) - ROUND).to(tl.int8)
+    return rounded_int8(x).to(tl.int8)
+
+
+@triton.jit
+def rounded_e4m3(x):
+    """Round to what bytes of e4m3 stand for: |x| is 448 at most."""
+    return from_e4m3(to_e4m3(x)).to(tl.float32) * 256.0
 
 
 @triton.jit

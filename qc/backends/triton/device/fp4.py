@@ -35,11 +35,10 @@ def from_e2m1(codes):
 
 
 @triton.jit
-def quantize(codes, scales, factors, x, row, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-             GROUP: tl.constexpr):  # fmt: skip
-    """Store codes, the scale of each GROUP of channels, and the factor of the row's scales."""
-    GROUPS: tl.constexpr = BLOCK // GROUP
-    groups = tl.reshape(existing(x, channel, SIZE, 0.0), (GROUPS, GROUP))
+def encoded(x, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Return codes [groups, GROUP], the scale of each GROUP of channels, the factor of the row's
+    scales, and the product of both."""
+    groups = tl.reshape(existing(x, channel, SIZE, 0.0), (BLOCK // GROUP, GROUP))
     largest = tl.max(tl.abs(groups), 1)
     token = tl.max(largest, 0)
     inverse = tl.where(token > 0, 448.0 / tl.where(token > 0, token, 1.0), 0.0)
@@ -48,14 +47,30 @@ def quantize(codes, scales, factors, x, row, channel, SIZE: tl.constexpr, BLOCK:
     whole = from_e4m3(scale).to(tl.float32) * 256.0 * factor
     inverse = tl.where(whole > 0, 1.0 / tl.where(whole > 0, whole, 1.0), 0.0)
     scaled = tl.minimum(tl.maximum(groups * inverse[:, None], -6.0), 6.0)
-    low, high = tl.split(tl.reshape(to_e2m1(scaled), (BLOCK // 2, 2)))
+    return to_e2m1(scaled), scale, factor, whole
+
+
+@triton.jit
+def quantize(codes, scales, factors, x, row, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+             GROUP: tl.constexpr):  # fmt: skip
+    """Store codes, the scale of each GROUP of channels, and the factor of the row's scales."""
+    code, scale, factor, _ = encoded(x, channel, SIZE, BLOCK, GROUP)
+    low, high = tl.split(tl.reshape(code, (BLOCK // 2, 2)))
     pair = tl.arange(0, BLOCK // 2)
     at = codes + row.to(tl.int64) * (SIZE // 2) + pair
     tl.store(at, low | (high << 4), mask=pair < SIZE // 2)
-    group = tl.arange(0, GROUPS)
+    group = tl.arange(0, BLOCK // GROUP)
     inside = group < SIZE // GROUP
     tl.store(scales + row.to(tl.int64) * (SIZE // GROUP) + group, scale, mask=inside)
     tl.store(factors + row, factor)
+
+
+@triton.jit
+def fake_quantize(x, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """What the codes of a row stand for."""
+    code, _, _, whole = encoded(x, channel, SIZE, BLOCK, GROUP)
+    values = from_e2m1(code).to(tl.float32) * 16384.0 * whole[:, None]
+    return tl.reshape(values, (BLOCK,))
 
 
 @triton.jit

@@ -99,19 +99,37 @@ def softmax(x, channel, SIZE: tl.constexpr):
 
 
 @triton.jit
+def in_steps(x, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+             LIMIT: tl.constexpr):  # fmt: skip
+    """Return x / scale [groups, GROUP] and scale = max |x| / LIMIT of each GROUP of channels."""
+    groups = tl.reshape(existing(x, channel, SIZE, 0.0), (BLOCK // GROUP, GROUP))
+    largest = tl.max(tl.abs(groups), 1)
+    inverse = tl.where(largest > 0, LIMIT / tl.where(largest > 0, largest, 1.0), 0.0)
+    scaled = groups * inverse[:, None]
+    return tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT), largest * (1.0 / LIMIT)
+
+
+@triton.jit
 def quantize(
     codes, scales, x, row, channel,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr,
     encode: tl.constexpr,
 ):  # fmt: skip
-    """Store encode(x / scale) and scale = max |x| / LIMIT for each GROUP of channels."""
-    GROUPS: tl.constexpr = BLOCK // GROUP
+    """Store encode(x / scale) and scale for each GROUP of channels."""
     STORED: tl.constexpr = (SIZE + GROUP - 1) // GROUP
-    groups = tl.reshape(existing(x, channel, SIZE, 0.0), (GROUPS, GROUP))
-    largest = tl.max(tl.abs(groups), 1)
-    inverse = tl.where(largest > 0, LIMIT / tl.where(largest > 0, largest, 1.0), 0.0)
-    scaled = groups * inverse[:, None]
-    flat = encode(tl.reshape(tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT), (BLOCK,)))
+    scaled, scale = in_steps(x, channel, SIZE, BLOCK, GROUP, LIMIT)
+    flat = encode(tl.reshape(scaled, (BLOCK,)))
     tl.store(codes + row.to(tl.int64) * SIZE + channel, flat, mask=channel < SIZE)
-    group = tl.arange(0, GROUPS)
-    tl.store(scales + row * STORED + group, largest * (1.0 / LIMIT), mask=group < STORED)
+    group = tl.arange(0, BLOCK // GROUP)
+    tl.store(scales + row * STORED + group, scale, mask=group < STORED)
+
+
+@triton.jit
+def fake_quantize(
+    x, channel,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr,
+    rounded: tl.constexpr,
+):  # fmt: skip
+    """scale rounded(x / scale) for each GROUP of channels."""
+    scaled, scale = in_steps(x, channel, SIZE, BLOCK, GROUP, LIMIT)
+    return tl.reshape(rounded(scaled) * scale[:, None], (BLOCK,))

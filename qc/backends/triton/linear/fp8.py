@@ -14,9 +14,10 @@ from torch import Tensor
 
 from qc.backends.triton.emit import Emission
 from qc.backends.triton.linear.coded import BLOCK, Coded, CodedPart, Stream, coded_term
-from qc.backends.triton.linear.int8 import LEAST_GROUP, byte_fragments, product_of, row_scale
+from qc.backends.triton.linear.int8 import byte_fragments, product_of, row_scale
 from qc.backends.triton.linear.loop import Loop, Source
 from qc.backends.triton.linear.place import Place
+from qc.ir.target import LEAST_GROUP
 from qc.ir.weights.packing import unpack_codes
 from qc.ir.weights.weight import Weight
 

@@ -1,7 +1,6 @@
 """Coded terms times int8 activations: products of bytes, exact in int32.
 
-Where activations share a scale over fewer channels than LEAST_GROUP, their int32 sums would have to
-be widened and scaled more often than tensor cores gain: those are multiplied as float16.
+Activations that share a scale over fewer channels than LEAST_GROUP are multiplied as float16.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ from qc.backends.triton.emit import Emission
 from qc.backends.triton.linear.coded import BLOCK, RUN, Coded, CodedPart, Stream, coded_term
 from qc.backends.triton.linear.loop import Loop, Source
 from qc.backends.triton.linear.place import Place
+from qc.ir.target import LEAST_GROUP
 from qc.ir.weights.expression import Const, arith
 from qc.ir.weights.packing import unpack_codes
 from qc.ir.weights.weight import Weight
-
-LEAST_GROUP = 128
-"""Channels of a group of activations."""
 
 
 @dataclass(frozen=True)
