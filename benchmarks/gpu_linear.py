@@ -266,7 +266,7 @@ def operands(node: Node, rows: int) -> list[Any]:
         if isinstance(operand.op, ops.Parameter):
             found.append(operand.op.weight)
             continue
-        value, format = torch.randn(rows, operand.tensor.shape[-1]), operand.tensor.format
+        value, format = torch.randn(rows, operand.tensor.shape[-1]) / 16, operand.tensor.format
         found.append(quantize_activation(value, format) if format else value.half())
     return found
 

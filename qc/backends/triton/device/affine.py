@@ -12,24 +12,37 @@ import triton.language as tl
 
 
 @triton.jit
-def load(factors, first, run, BLOCKS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr,
-         RUNS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
-    """Load scales and offsets of the GROUPS of a run of OUT outputs, from block `first` of BLOCKS
-    on; a lane has RUNS. A thread of a warp has those of outputs g and g + 8, as in fragments.py: a
-    number of 64 bits, for a thread that had two would not have neighbours."""
-    at = tl.arange(0, OUT * LANES * 2 * GROUPS)
-    block = first + at // (32 * GROUPS) % (OUT // 16)
+def load(factors, first, group, BLOCKS: tl.constexpr, OUT: tl.constexpr, LANES: tl.constexpr,
+         GROUPS: tl.constexpr):  # fmt: skip
+    """Load scales and offsets of a group of OUT outputs, from block `first` of BLOCKS on; a lane
+    has GROUPS. A thread of a warp has those of outputs g and g + 8, as in fragments.py: a number of
+    64 bits, for a thread that had two would not have neighbours."""
+    at = tl.arange(0, OUT * LANES * 2)
+    block = first + at // 32 % (OUT // 16)
     if BLOCKS * 16 % OUT != 0:
         block = tl.minimum(block, BLOCKS - 1)
-    here = (run + at // (OUT * 2 * GROUPS) * RUNS) * (BLOCKS * 8) + block * 8
-    return tl.load(factors + (here + at % (32 * GROUPS) // (4 * GROUPS)) * GROUPS + at % GROUPS)
+    here = group + at // (OUT * 2) * GROUPS
+    found = tl.load(factors + (here * (BLOCKS * 8) + block * 8 + at % 32 // 4))
+    return tl.reshape(found, [OUT * LANES // 16, 8, 4])
 
 
 @triton.jit
-def words(factors, LOWER: tl.constexpr, GROUPS: tl.constexpr):
+def of_run(factors):
+    """Return what all channels of a run share, to go with its words."""
+    return factors[:, :, :, None, None, None]
+
+
+@triton.jit
+def of_halves(first, second):
+    """Return what the halves of a run have, to go with its words. Two loads: of one that is twice
+    as long Triton gives a thread the wrong halves, and everything goes through shared memory."""
+    return tl.join(first, second)[:, :, :, :, None, None]
+
+
+@triton.jit
+def words(factors, LOWER: tl.constexpr):
     """Return the scale, and above it the offset, of outputs g, or g + 8 with LOWER."""
-    each = tl.reshape(factors, [factors.shape[0] // (32 * GROUPS), 8, 4, GROUPS, 1, 1])
-    return (each >> 32 if LOWER else each).to(tl.int32)
+    return (factors >> 32 if LOWER else factors).to(tl.int32)
 
 
 SCALED = tl.constexpr(
@@ -38,10 +51,10 @@ SCALED = tl.constexpr(
 
 
 @triton.jit
-def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr, GROUPS: tl.constexpr):
+def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr):
     """Turn unpacked codes of outputs g, or g + 8 with LOWER, into weights, in float16: bfloat16
     would round scales too far (linear/stages.py)."""
-    both = words(factors, LOWER, GROUPS)
+    both = words(factors, LOWER)
     scale = both.to(tl.int16).to(tl.float16, bitcast=True)
     if OFFSET:
         offset = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)

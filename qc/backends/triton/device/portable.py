@@ -93,9 +93,9 @@ def look_up(pairs, tables, PLANES: tl.constexpr, SLOT: tl.constexpr, WORDS: tl.c
 
 
 @triton.jit
-def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr, GROUPS: tl.constexpr):
+def scaled(codes, factors, LOWER: tl.constexpr, OFFSET: tl.constexpr):
     """Turn unpacked codes of outputs g, or g + 8 with LOWER, into weights, in float16."""
-    both = words(factors, LOWER, GROUPS)
+    both = words(factors, LOWER)
     scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     found = codes.to(tl.float32) * scale
     if OFFSET:

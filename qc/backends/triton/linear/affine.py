@@ -32,8 +32,10 @@ from qc.backends.triton.linear.place import Place
 LARGEST_GROUP, LARGEST_OF_TABLES, LARGEST_WITH_OFFSET = 32, 64, 128
 """Channels of a group up to which weights are made: of integers, of what is looked up, and where
 there are offsets. Measured: decision 029."""
+MOST_BITS = 8
+"""Bits of a code."""
 SMALLEST_GROUP = 16
-"""Channels whose weights one load of factors and one run of codes can take apart."""
+"""Channels of a group, at least: half a run."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,8 @@ class Affine(Coded):
 
     @property
     def unit(self) -> int:
-        return LARGEST_UNIT if self.place.inner % LARGEST_UNIT == 0 else self.shared
-
-    @property
-    def shared(self) -> int:
-        """The channels whose factors are one load: a run, or more."""
-        return max(self.group, RUN)
+        whole = self.place.inner % LARGEST_UNIT == 0
+        return LARGEST_UNIT if whole else max(self.group, RUN)
 
     @cached_property
     def factors_of_groups(self) -> Factors:
@@ -84,31 +82,36 @@ class Affine(Coded):
         """Write the weights of a run of 32 channels, of outputs g and g + 8."""
         assert self.codes is not None
         module = "portable" if emission.unpacking == "portable" else "affine"
-        factors, offset = self.pairs(emission, loop, run // self.shared), self.offset is not None
+        factors, offset = self.shared(emission, loop, run), self.offset is not None
         upper, lower = (
-            emission.bind(f"{module}.scaled({name}, {factors}, {half}, {offset}, {self.halves})")
+            emission.bind(f"{module}.scaled({name}, {factors}, {half}, {offset})")
             for half, name in enumerate(self.codes.digits(emission, loop, stream, run))
         )
         return upper, lower
 
-    @property
-    def halves(self) -> int:
-        """The groups of a run."""
-        return self.shared // self.group
+    def shared(self, emission: Emission, loop: Loop, run: int) -> str:
+        """Write the scales and offsets of a run of the step, or of its halves, once."""
+        groups = range(run // self.group, -(-(run + RUN) // self.group))
+        pairs = [self.pairs(emission, loop, number) for number in groups]
+        key = f"factors {pairs}"
+        if key not in loop.known:
+            kind = "of_run" if len(pairs) == 1 else "of_halves"
+            loop.known[key] = emission.bind(f"affine.{kind}({', '.join(pairs)})")
+        return loop.known[key]
 
     def pairs(self, emission: Emission, loop: Loop, number: int) -> str:
-        """Write the load of scales and offsets of a group of the step, or of a run's, once."""
-        place, shared = self.place, self.shared
+        """Write the load of scales and offsets of a group of the step, once."""
+        place = self.place
         array = f"{place.prefix}/factors{self.group}"
         repack = self.factors_of_groups.packed
         name = emission.weight(place.operand, array, torch.int64, repack)
         key = f"{name} of group {number}"
         if key not in loop.known:
-            blocks, loads = -(-place.outer // BLOCK), -(-loop.channels // shared)
-            sizes = f"{blocks}, BN, {loop.lanes}, {loads}, {self.halves}"
+            blocks, groups = -(-place.outer // BLOCK), -(-loop.channels // self.group)
+            sizes = f"{blocks}, BN, {loop.lanes}, {groups}"
             call = f"affine.load({name}, block, {{}}, {sizes})"
-            first = call.format(loop.number(loop.first, shared, number, False))
-            after = call.format(loop.number("step + 1", shared, number, False))
+            first = call.format(loop.number(loop.first, self.group, number, False))
+            after = call.format(loop.number("step + 1", self.group, number, False))
             loop.known[key] = loop.carried(emission, first, after)
         return loop.known[key]
 
@@ -120,7 +123,7 @@ def affine_term(place: Place) -> Affine | None:
         return None
     streams = [part.stream for part in found.parts if part.stream is not None]
     offsets = len(found.parts) - len(streams)
-    if len(streams) != 1 or streams[0].bits > 4 or offsets > 1:
+    if len(streams) != 1 or streams[0].bits > MOST_BITS or offsets > 1:
         return None
     largest = LARGEST_OF_TABLES if streams[0].table else LARGEST_GROUP
     if found.group > (LARGEST_WITH_OFFSET if offsets else largest):

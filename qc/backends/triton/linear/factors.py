@@ -13,7 +13,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from qc.backends.triton.linear.coded import BLOCK, GROUP, RUN, CodedPart, Stream
+from qc.backends.triton.linear.coded import BLOCK, GROUP, CodedPart, Stream
 from qc.backends.triton.linear.place import Place
 from qc.ir.weights.affine import depends_on
 from qc.ir.weights.expression import (
@@ -52,17 +52,17 @@ class Factors:
 
     def packed(self, weight: Weight) -> Tensor:
         """Return scales, and above them offsets, of outputs g and above those of g + 8, of every
-        16: i64[runs, outputs / 2 * groups of a run], where a run has 32 channels at least."""
-        halves, place = max(1, RUN // self.group), self.place
+        16: i64[groups, outputs / 2]."""
         scale, offset = self.values(weight)
-        groups, blocks = scale.shape[0], -(-place.outer // BLOCK)
-        words = torch.zeros(-(-groups // halves) * halves, blocks * BLOCK, dtype=torch.int32)
-        kept = words[:groups, : place.outer]
+        groups, outer = scale.shape
+        blocks = -(-outer // BLOCK)
+        words = torch.zeros(groups, blocks * BLOCK, dtype=torch.int32)
+        kept = words[:, :outer]
         kept |= scale.half().view(torch.int16).int() & 0xFFFF
         if offset is not None:
             kept |= offset.half().view(torch.int16).int() << 16
-        pairs = words.view(-1, halves, blocks, 2, 8).permute(0, 2, 4, 1, 3).contiguous()
-        return pairs.view(torch.int64).view(len(pairs), -1)
+        pairs = words.view(groups, blocks, 2, 8).transpose(2, 3).contiguous()
+        return pairs.view(torch.int64).view(groups, -1)
 
     def whole(self, weight: Weight) -> Tensor:
         """Return what multiplies the sums of outputs, f32[outputs]."""

@@ -23,6 +23,7 @@ from qc.backends.triton.linear.fp8 import Fp8Coded
 from qc.backends.triton.linear.gates import BehindGates
 from qc.backends.triton.linear.int8 import Int8Coded
 from qc.backends.triton.linear.kept import KeptGroups
+from qc.backends.triton.linear.looked import Looked
 from qc.backends.triton.linear.loop import Source, Term, declare, emit_loop, step_width, tile_call
 from qc.backends.triton.linear.place import Place
 from qc.backends.triton.linear.planned import Planned
@@ -428,24 +429,26 @@ class LinearLaunches:
         if bytes or source is None:
             return Tiling(64, least, 4, 3, 256 if least <= 16 else 128)
         gpu = self.linear.region.target.gpu
-        bits = sum(term.bits for term in terms if isinstance(term, Coded))
-        group = min(term.group for term in terms if isinstance(term, Coded))
-        architectures = gpu.architectures if gpu else ()
-        made = all(isinstance(term, Affine) for term in terms)
-        if made and self.linear.outer >= tiles.MANY_OUTPUTS:
-            rows = max(rows, tiles.FEW)
         found = tiles.coded_tilings(
-            tiles.MANY if self.bucket is None and len(terms) == 1 else rows,
-            self.linear.outer,
-            source.channels,
-            bits,
-            group,
-            architectures,
-            self.alone,
-            4 if made else min(term.bits for term in terms if isinstance(term, Coded)),
+            self.codes(terms, rows, source), gpu.architectures if gpu else ()
         )
         chosen = next(each for each in found if divides(source, terms, each))
         return replace(chosen, rows=max(chosen.rows, copied // chosen.lanes))
+
+    def codes(self, terms: Sequence[Term], rows: int, source: Source) -> tiles.Codes:
+        """Return what tiles of a loop over codes depend on."""
+        outer, coded = self.linear.outer, [term for term in terms if isinstance(term, Coded)]
+        made = all(isinstance(term, Affine) for term in coded)
+        if made and outer >= tiles.MANY_OUTPUTS:
+            rows = max(rows, tiles.FEW)
+        if self.bucket is None and len(coded) == 1:
+            rows = tiles.MANY
+        unpacked = [term.codes if isinstance(term, Affine) else term for term in coded]
+        return tiles.Codes(
+            rows, outer, source.channels, sum(term.bits for term in coded),
+            min(term.bits for term in coded), min(term.group for term in coded), len(coded), made,
+            any(isinstance(each, Looked) for each in unpacked), self.alone,
+        )  # fmt: skip
 
     def parts(self, loops: Loops, tiling: Tiling) -> int:
         """Choose among how many programs the channels of x are split."""

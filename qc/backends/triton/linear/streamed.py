@@ -75,10 +75,8 @@ class Streamed:
         beside = besides(stages, source, programs, tiling.outputs * most)
         if beside is None or (beside and len(terms) > 1):
             return None
-        # Measured: low ranks take less time by themselves where programs take several tiles (15.2
-        # us, not 16.9, for 14336 x 4096), entries in finished.py where they take one (5.5 for 5.7).
-        if beside and any(each.follows for each in beside) != (most == 1):
-            return None
+        if beside and most == 1 and not any(each.follows for each in beside):
+            return None  # finished.py is as fast for entries alone
         return Streamed(owner, source, terms, tiling, programs, beside, stages.rules)
 
     @property
