@@ -164,7 +164,7 @@ def of_some_rows(codes: Codes) -> Iterator[Tiling]:
     if codes.rows <= FEW and not (bits < 3 or (codes.alone and inner < SHORT)):
         return
     many = codes.alone and (codes.rows > FEW or bits < 3)
-    if many and codes.wide:
+    if many and codes.wide and (codes.terms == 1 or codes.large):
         yield from of_many_outputs(codes)
     plain = bits == 4 and codes.large and not codes.made
     if many and plain and 4096 <= outer < MANY_OUTPUTS and inner <= 4096 and inner % 1024 == 0:
