@@ -48,11 +48,21 @@ FORMATS = (
     Problem("int4·g128 + rank32 + sparse1%", 0, 0, epilogue=True),
     Problem("int3·g128", 0, 0),
     Problem("int2·g64·min", 0, 0),
+    Problem("nvfp4", 0, 0),
+    Problem("mxfp4", 0, 0),
+    Problem("int3·g16·min·scale(int3·o16·min)·minimum(int3·o16·min)", 0, 0),
+    Problem("int8·g32", 0, 0),
     Problem("int8·row", 0, 0, int8=True),
     Problem("int4·g128", 0, 0, int8=True),
     Problem("e4m3·row", 0, 0),
     Problem("e4m3·row", 0, 0, int8=True),
 )
+GATED = (
+    Problem("int4·g128", 14336, 4096, gated=True),
+    Problem(INT4, 14336, 4096, gated=True),
+    Problem(INT4, 1536, 576, gated=True),
+)
+"""Gate and up in one launch: float16 takes twice the time of one of them."""
 PLAIN_ONLY = 1 << 28
 """Weights of a matrix from which on only plain formats are measured: others would take long."""
 CHECKED = (4096, 4096), (1, 16, 64)
@@ -106,7 +116,7 @@ def problems(options: argparse.Namespace) -> list[Problem]:
             plain = "+" not in kind.format and not kind.int8
             if outer * inner < PLAIN_ONLY or plain:
                 found.append(Problem(kind.format, outer, inner, kind.epilogue, kind.int8))
-    return found[:: options.every]
+    return [*found, *GATED][:: options.every]
 
 
 def time_linears(report: Report, options: argparse.Namespace) -> None:
@@ -127,7 +137,8 @@ def time_linears(report: Report, options: argparse.Namespace) -> None:
                 peers[key] = dict(
                     gpu_peers.rows(problem.outer, problem.inner, rows, options.marlin)
                 )
-            report.add("linears", linear_row(bench, rows, bandwidth, peers[key]))
+            part = "gated" if problem.gated else "linears"
+            report.add(part, linear_row(bench, rows, bandwidth, peers[key]))
         del bench
         torch.cuda.empty_cache()
 
@@ -137,6 +148,7 @@ def linear_row(
 ) -> dict[str, Any]:
     """Time, and check where that takes no time to speak of."""
     problem = bench.problem
+    weights = len(problem.names)
     timing = bench.time(rows)
     checked = (problem.outer, problem.inner) == CHECKED[0] and rows in CHECKED[1]
     error = bench.check(rows) if checked else None
@@ -147,7 +159,7 @@ def linear_row(
         "microseconds": timing.seconds * 1e6, "bytes": timing.bytes,
         "gigabytes_per_second": timing.bytes / timing.seconds / 1e9,
         "of_copy": timing.bytes / timing.seconds / bandwidth,
-        "over_float16": peers["torch float16"] / (timing.seconds * 1e6),
+        "over_float16": weights * peers["torch float16"] / (timing.seconds * 1e6),
         "error": error, "peers": peers,
     }  # fmt: skip
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qc.backends.region import Region, Repack
+from qc.backends.region import ArrayArgument, Region, Repack
+from qc.backends.triton.expression import Rendering, arrays_read
 from qc.backends.triton.glue import Glue
 from qc.backends.triton.kernel import Call, Cells, KernelRule, Variant
 from qc.backends.triton.rendering import ELEMENTWISE, render
@@ -17,6 +18,9 @@ from qc.ir import ops
 from qc.ir.axes import matching_axes
 from qc.ir.node import Node
 from qc.ir.types import Dim, as_dim, element_count
+from qc.ir.weights.affine import simplify
+from qc.ir.weights.expression import COL, ROW, Expr, is_structural
+from qc.ir.weights.weight import WeightFormat
 
 INDEXING = (
     ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Concat, ops.Arange, ops.Full,
@@ -91,6 +95,8 @@ class Elements:
                 row = glue.call(
                     "elements.row_of_table", self.value(ids, index[:-1], inside), rows
                 )  # fmt: skip
+                if table not in self.pointers:
+                    return self.decoded(table, row, index[-1])
                 return self.value(table, (row, index[-1]), inside)
         raise TypeError(f"{node.op} is no index operation")
 
@@ -101,6 +107,18 @@ class Elements:
             return self.glue.call("elements.load_one", pointer)
         offset = self.flatten(index, node.tensor.shape)
         return self.glue.call("elements.load", pointer, offset, inside)
+
+    def decoded(self, table: Node, row: str, column: str) -> str:
+        """Read an element of a table as it is stored. Every row and column that comes is one."""
+        operand, shape = self.region.body.inputs.index(table), shape_of(table)
+        format = self.region.format_of(table)
+        assert format is not None
+        expr, arrays = decode_of(format, shape), format.arrays(shape)
+        names = {
+            array: self.glue.pointer(ArrayArgument(operand, array), arrays[array].dtype)
+            for array in arrays_read(expr)
+        }
+        return self.glue.decode(Rendering(arrays, names, (ROW, COL)), expr, row, column)
 
     def flatten(self, index: Index, dims: tuple[Dim, ...]) -> str:
         """Combine positions along several axes into one."""
@@ -172,6 +190,28 @@ def broadcast(index: Index, shape: tuple[Dim, ...]) -> Index:
     )
 
 
+def is_stored_table(region: Region, node: Node) -> bool:
+    """Say whether an input is a table that is only looked up in, and stored as codes that can be
+    read one by one."""
+    format = region.format_of(node)
+    users = region.body.users[node]
+    looked_up = all(isinstance(u.op, ops.Embedding) and u.inputs[0] is not node for u in users)
+    if format is None or not looked_up or list(format.arrays(shape_of(node))) == ["0.values"]:
+        return False
+    return not is_structural(decode_of(format, shape_of(node)))
+
+
+def decode_of(format: WeightFormat, shape: tuple[int, int]) -> Expr:
+    """Return the value of element (ROW, COL) of a stored matrix."""
+    return simplify(format.decode(shape, ROW, COL), {ROW: shape[0], COL: shape[1]})
+
+
+def shape_of(node: Node) -> tuple[int, int]:
+    """Return the shape of a stored matrix."""
+    rows, columns = node.tensor.shape
+    return int(rows), int(columns)
+
+
 def elements(region: Region) -> Call | None:
     """A body of element-by-element and index operations."""
     inner = [n for n in region.body.nodes if not isinstance(n.op, ops.Input)]
@@ -182,7 +222,11 @@ def elements(region: Region) -> Call | None:
     if any(operand.tensor.format for operand in region.operands):
         return None
     glue, repack = Glue("elements"), dict[tuple[int, str], Repack]()
-    pointers = {n: declare_input(glue, region, n, repack) for n in region.body.inputs}
+    pointers = {
+        node: declare_input(glue, region, node, repack)
+        for node in region.body.inputs
+        if not is_stored_table(region, node)
+    }
     result = declare_result(glue, region)
     shape = region.root.tensor.shape
     count = element_count(shape)

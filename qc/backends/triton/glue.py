@@ -11,6 +11,7 @@ from math import isinf, isnan
 import torch
 
 from qc.backends.region import SizeArgument
+from qc.backends.triton.expression import Rendering
 from qc.backends.triton.kernel import (
     LATE,
     OVERLAP,
@@ -22,6 +23,7 @@ from qc.backends.triton.kernel import (
     late_parameter,
 )
 from qc.ir.types import Dim, as_dim, dim_symbols
+from qc.ir.weights.expression import Expr
 
 PAST = "past"
 
@@ -42,6 +44,8 @@ class Glue:
     sizes: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     modules: dict[str, None] = field(default_factory=dict)
+    functions: list[str] = field(default_factory=list)
+    """Texts of device functions of its own."""
     counted: int = 0
 
     @property
@@ -79,6 +83,17 @@ class Glue:
         self.lines.append(f"{name} = {self.expression(function, arguments)}")
         return name
 
+    def decode(self, rendering: Rendering, expr: Expr, *arguments: object) -> str:
+        """Write a function that computes a decode expression, and a call of it; return the name of
+        its result."""
+        name = f"decode{len(self.functions)}"
+        self.functions.append(rendering.function(name, expr))
+        self.modules["decode"] = None
+        passed = ", ".join([*map(text_of, arguments), *rendering.names.values()])
+        self.lines.append(f"v{self.counted} = {name}({passed})")
+        self.counted += 1
+        return f"v{self.counted - 1}"
+
     def named(self, function: str) -> Text:
         """Return the name of a device function that is an argument of another."""
         self.modules[function.partition(".")[0]] = None
@@ -115,7 +130,8 @@ class Glue:
         return (
             "import triton\nimport triton.language as tl\n\n"
             f"from qc.backends.triton.device import {imports}\n\n\n"
-            f"@triton.jit\ndef {self.function}({names}):\n{body}\n"
+            + "".join(f"{text}\n\n\n" for text in self.functions)
+            + f"@triton.jit\ndef {self.function}({names}):\n{body}\n"
         )
 
     def launch(self, grid: tuple[Cells, ...], warps: int = 4, stages: int = 3) -> Launch:

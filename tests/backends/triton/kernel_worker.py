@@ -182,7 +182,7 @@ def interpreted_model(
     running = InterpretedProgram(manifest, sources, weights)
     errors = {
         f"golden {number}: {manifest.steps[check.steps[-1]].kernel}":
-            check_golden(running, golden.arrays, check) / check.tolerance
+            check_golden(running, golden.arrays, check) / (check.tolerance or 1e-9)
         for number, check in enumerate(manifest.golden)
     }  # fmt: skip
     return running, errors

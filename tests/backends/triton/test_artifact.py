@@ -90,6 +90,14 @@ def test_every_kernel_compiles_for_every_architecture(architecture: str, tmp_pat
             check_compiled(launch, architecture, tmp_path)
 
 
+def test_a_vocabulary_table_is_read_as_it_is_stored(tmp_path: Path) -> None:
+    planned = qc.trace(llama_folder(tmp_path)).quantize("w4").lower("cuda:sm_90")
+    arrays = GpuLowering(planned.graph, planned.target, GPU_RULES).run().arrays
+    table = {name: make() for name, make in arrays.items() if "embed_tokens" in name}
+    assert {array.dtype for array in table.values()} == {torch.uint8, torch.float16}
+    assert max(array.numel() for array in table.values()) == 320 * 56
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:sm_80+sm_90-w4a16", "cuda:sm_90-w4", "cuda:sm_120-f32"])
 def test_an_artifact_is_complete(target: str, tmp_path: Path) -> None:
