@@ -46,6 +46,10 @@ class Affine(Coded):
     codes: Coded | None = None
 
     @property
+    def width(self) -> int:
+        return max(super().width, self.unit)
+
+    @property
     def unit(self) -> int:
         whole = self.place.inner % LARGEST_UNIT == 0
         return LARGEST_UNIT if whole else max(self.group, RUN)
