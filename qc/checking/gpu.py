@@ -85,8 +85,7 @@ def rules_of(call: Call | None) -> tuple[str, ...]:
 
 
 def gpu_work(format: WeightFormat, shape: tuple[int, ...], call: Call | None) -> GpuWork | None:
-    """Return what a product has to do; None where no kernel like its own was measured, or where
-    values are looked up in stored tables."""
+    """Return what a product has to do; None where no kernel like its own was measured."""
     if call is None or not set(KINDS) & set(kinds_of(call)):
         return None
     outer, inner = shape
@@ -96,12 +95,12 @@ def gpu_work(format: WeightFormat, shape: tuple[int, ...], call: Call | None) ->
     planes = 0
     for number, term in enumerate(format.terms):
         place = Place(0, str(number), term, (outer, inner))
-        found = matched(place) if structures[number] is None else None
+        made = affine_term(place) if structures[number] is None else None
+        found = made or (matched(place) if structures[number] is None else None)
         streams = [part.stream for part in found.parts if part.stream] if found else []
-        if any(stream.table for stream in streams):
-            return None
-        made = 2 if affine_term(place) else 1  # unpacked, then scaled
-        planes += made * sum(len(planes_of(stream.bits)) for stream in streams)
+        for stream in streams:
+            looked = 2 if stream.table else 1  # two bytes of each value
+            planes += (looked + (made is not None)) * len(planes_of(stream.bits))
     launches = tuple(len(call.variant(rows).launches) for rows in (*BUCKETS, 1 << 30))
     return GpuWork(format.bits(shape) // 8, outer * inner, inner, entries, max(1, planes), launches)
 

@@ -181,8 +181,8 @@ def of_many_outputs(codes: Codes) -> Iterator[Tiling]:
     longest = (bits == 4 and codes.large and not codes.looked) or (bits == 2 and codes.made)
     if longest and not few and inner % 1024 == 0 and FOURS.value:
         yield Tiling(64, SOME, 4, 3, 1024, registers=True)
-    if inner % 512 == 0 and not (few and bits < 4):
-        if (bits == 8 and codes.large) or (codes.made and codes.looked):
+    if inner % 512 == 0:
+        if (bits == 8 and codes.large) or (codes.made and codes.looked and not few):
             yield Tiling(128, SOME, 8, 3, 512, registers=True)
         yield Tiling(64, SOME, 4, 3, 512, registers=True)
 
@@ -202,12 +202,13 @@ def of_some_rows_of_pairs(codes: Codes) -> Iterator[Tiling]:
 def of_more_rows(codes: Codes) -> Iterator[Tiling]:
     """Yield tiles for 17 to 64 rows."""
     rows = codes.rows
-    if codes.four and codes.inner > codes.outer and rows > 32:
-        yield Tiling(128, rows, 8, 3, 128, registers=True)
-    elif codes.four:
+    if codes.terms == 1 or codes.bits == 4:
+        if codes.inner > codes.outer and rows > 32 and codes.bits != 3:
+            yield Tiling(128, rows, 8, 3, 128, registers=True)
         yield Tiling(64, rows, 4, 3, 256 if codes.wide else 128, registers=True)
-    elif codes.pair and codes.made and rows > 32:
-        yield Tiling(64, rows, 4, 3, 128 if codes.group < 32 else 256, registers=True)
+    elif codes.pair and rows > 32:
+        step = 256 if codes.made and codes.group >= 32 else 128
+        yield Tiling(64, rows, 4, 3, step, registers=True)
 
 
 def of_many_rows(codes: Codes) -> Iterator[Tiling]:
