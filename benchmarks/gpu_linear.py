@@ -260,13 +260,14 @@ def dense_of(weight: Weight) -> Tensor:
 
 
 def operands(node: Node, rows: int) -> list[Any]:
-    """Return random values of the fused node's operands."""
+    """Return random values of the fused node's operands: small ones, for scales that are codes times
+    scales are large, and results are float16."""
     found: list[Any] = []
     for operand in node.inputs:
         if isinstance(operand.op, ops.Parameter):
             found.append(operand.op.weight)
             continue
-        value, format = torch.randn(rows, operand.tensor.shape[-1]) / 16, operand.tensor.format
+        value, format = torch.randn(rows, operand.tensor.shape[-1]) / 256, operand.tensor.format
         found.append(quantize_activation(value, format) if format else value.half())
     return found
 

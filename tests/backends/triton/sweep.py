@@ -76,6 +76,7 @@ AFFINE = (
     Case("mxfp4", 72, 512, 9, None, "gated"),
     Case("e2m1·g32 + rank8", 48, 1024, 20, None, "bias"),
     Case("int4·g32·min·scale(e4m3·tensor)", 40, 256, 70),
+    Case("int4·g32·min·scale(uint8·row)·minimum(uint8·row)", 64, 576, 5, None, "gated"),
     Case("int8·g32", 8192, 192, 1),
     Case("int8·g32", 50, 128, 3),
     Case("int6·g32·min", 48, 96, 12, None, "bias"),
