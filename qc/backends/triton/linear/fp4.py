@@ -85,8 +85,8 @@ E2M1 = (3, 9)
 
 @dataclass(frozen=True)
 class Fp4Widened(Term):
-    """The same weights times rows of float16 or bfloat16, which hold a code times its scale
-    exactly."""
+    """The same weights times rows of bfloat16, which holds a code times its scale exactly; for
+    float16 they are made as all weights of small groups are (affine.py)."""
 
     place: Place
     rule = "widened"
