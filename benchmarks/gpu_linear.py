@@ -260,8 +260,8 @@ def dense_of(weight: Weight) -> Tensor:
 
 
 def operands(node: Node, rows: int) -> list[Any]:
-    """Return random values of the fused node's operands: small ones, for scales that are codes times
-    scales are large, and results are float16."""
+    """Return random values of the fused node's operands: small ones, for scales that are codes
+    times scales are large, and results are float16."""
     found: list[Any] = []
     for operand in node.inputs:
         if isinstance(operand.op, ops.Parameter):
