@@ -104,20 +104,23 @@ class Codes:
 def coded_tilings(codes: Codes, architectures: Collection[str]) -> Iterator[Tiling]:
     """Yield tiles of a loop over codes: the best first, and at the end one that fits any shape.
     Measured by benchmarks/gpu_tiles.py, docs/decisions/032."""
+    measured = set(architectures) == {MEASURED}
     if codes.narrowest < 4 and not codes.made and codes.rows > 32:
-        measured = set(architectures) == {MEASURED}
         several = codes.bits > codes.narrowest
         yield from without_spills(codes.outer, codes.narrowest, several, codes.group, measured)
+    careful = codes.made and codes.terms > 1 and not measured
+    if careful and codes.rows > 32:
+        yield Tiling(32, LARGEST, 8, 3, 128)  # others spill, and none was timed
     if MEASURED in architectures and NARROW not in architectures:
         if codes.rows <= FEW:
             yield from of_few_rows(codes)
-        if codes.rows <= SOME and codes.whole:
+        if codes.rows <= SOME and codes.whole and not careful:
             yield Tiling(64, SOME, 4, 3, codes.inner, registers=True)
-        if codes.rows <= SOME:
+        if codes.rows <= SOME and not careful:
             yield from of_some_rows(codes)
-        elif codes.rows <= LARGEST:
+        elif SOME < codes.rows <= LARGEST:
             yield from of_more_rows(codes)
-        else:
+        elif codes.rows > LARGEST:
             yield from of_many_rows(codes)
     rows = min(codes.rows, LARGEST)
     yield Tiling(64, rows, 4, 3, 256 if codes.rows <= SOME else 128)
@@ -128,7 +131,8 @@ def of_few_rows(codes: Codes) -> Iterator[Tiling]:
     inner, group, bits = codes.inner, codes.group, codes.bits
     lanes = Tiling(16, 4, 4, 3, 256, 4, True, parts=1)
     if bits in (3, 4) or (codes.terms == 1 and bits > 4) or (bits < 3 and codes.large):
-        if codes.made and codes.wide and codes.alone and (bits == 8 or (bits == 4 and group < 32)):
+        small = bits == 8 or (bits == 4 and group < 32)
+        if codes.made and codes.terms == 1 and codes.wide and codes.alone and small:
             yield Tiling(64, SOME, 4, 3, 512, registers=True)
         if bits == 4 or (codes.rows == 1 and bits < 4 and codes.outer <= inner):
             yield from of_eight_lanes(codes)
