@@ -227,5 +227,5 @@ def test_real_code_is_launched_as_the_artifact_launches_it(
             assert match is not None, wanted
             left.remove(match)
             compared += sum(w.startswith("*") and w not in UNKNOWN for w in wanted)
-    assert compared > 80  # addresses of weights, tokens, and sizes that move
+    assert compared > 45  # addresses of weights, tokens, and sizes that move
     assert np.all([len(call) > 20 for call in expected])
