@@ -20,7 +20,6 @@ from qc.backends.triton.linear.coded import (
     LARGEST_UNIT,
     RUN,
     Coded,
-    CodedPart,
     Stream,
     coded_term,
 )
@@ -59,11 +58,6 @@ class Affine(Coded):
         """Scales and offsets, as they are laid out."""
         return Factors(self.place, self.parts, self.group)
 
-    @property
-    def offset(self) -> CodedPart | None:
-        """What is added to scaled codes."""
-        return next((part for part in self.parts if part.stream is None), None)
-
     def emit(self, emission: Emission, loop: Loop, acc: str) -> None:
         stream, moved = self.factors_of_groups.stream, self.factors_of_groups.moved
         target = loop.beside(emission, f"products.zeros({loop.tile})") if moved else acc
@@ -86,7 +80,7 @@ class Affine(Coded):
         """Write the weights of a run of 32 channels, of outputs g and g + 8."""
         assert self.codes is not None
         module = "portable" if emission.unpacking == "portable" else "affine"
-        factors, offset = self.shared(emission, loop, run), self.offset is not None
+        factors, offset = self.shared(emission, loop, run), self.factors_of_groups.offsets
         upper, lower = (
             emission.bind(f"{module}.scaled({name}, {factors}, {half}, {offset})")
             for half, name in enumerate(self.codes.digits(emission, loop, stream, run))

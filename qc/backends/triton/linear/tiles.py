@@ -85,11 +85,6 @@ class Codes:
         return self.group >= MANY
 
     @property
-    def four(self) -> bool:
-        """Whether all codes together have 4 bits, or one weight has more."""
-        return self.bits == 4 or (self.terms == 1 and self.bits > 4)
-
-    @property
     def pair(self) -> bool:
         """Whether there are two weights of 4 bits: a gate and what it gates."""
         return self.terms == 2 and self.bits == 8 and self.narrowest == 4
@@ -219,7 +214,7 @@ def of_many_rows(codes: Codes) -> Iterator[Tiling]:
     """Yield tiles for any number of rows."""
     if codes.bits == 4 and codes.wide and codes.large:
         yield Tiling(64, codes.rows, 4, 3, 128, unit=MANY)
-    elif codes.four:
+    elif codes.bits == 4 or (codes.terms == 1 and codes.bits > 4):
         yield Tiling(64, LARGEST, 4, 3, 256, registers=True)
 
 
